@@ -1,0 +1,16 @@
+"""Levelhead: language models that know what they don't know, at no extra cost."""
+
+from importlib.metadata import version as _version
+
+from .integrations import patch_model, unpatch_model
+from .ops import LinearCrossEntropyLoss, LogitStats, linear_cross_entropy, linear_logit_stats
+
+__version__ = _version("levelhead")
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "LogitStats",
+    "linear_cross_entropy",
+    "linear_logit_stats",
+    "patch_model",
+    "unpatch_model",
+]

@@ -1,0 +1,300 @@
+"""The public functions: what they mean, what they accept, what they refuse. Nothing here computes a logit."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, library
+from .loss import token_loss
+from .statistics import LogitStats
+
+Impl = Literal["reference", "chunked"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Tensor = 0.0,
+    reduction: Reduction = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    r"""Cross-entropy of ``input`` projected onto a vocabulary, with label smoothing, without the logits in memory.
+
+    Equals ``F.cross_entropy(logits, target, label_smoothing=label_smoothing)`` for the logits
+    ``z = softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) / softcap)``. Per token, in nats::
+
+        loss = logsumexp(z) - (1 - label_smoothing) * z[target] - label_smoothing * mean(z) + z_loss * logsumexp(z)**2
+
+    Precision: losses and products accumulate in float32 (float64 for float64 inputs) whatever the input; each
+    gradient accumulates in float32 and is rounded once to its tensor's dtype, and once more by an upstream
+    gradient that is not a power of two. Under autocast ``input`` is cast as a linear layer would cast it; weight
+    and bias may stay float32, and their gradients do.
+
+    With ``reduction="mean"`` or ``"sum"`` the gradient is taken in the forward pass, where one is needed; the first
+    backward consumes it in place, a second one recomputes it. A tensor that needs no gradient costs none.
+
+    Args:
+        input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
+        linear_weight: the output embedding, shape ``(V, D)``.
+        target: ids in ``[0, V)`` or ``ignore_index``, shape ``(...)``, integer. Where no host synchronisation is
+            needed to look at them (eager CPU) others raise; elsewhere they make the loss NaN.
+        linear_bias: shape ``(V,)``.
+        ignore_index: targets of this value count nowhere; their rows may even hold NaN.
+        label_smoothing: ``eps`` in [0, 1]: the target distribution is ``(1 - eps) * onehot + eps / V``. A tensor,
+            shape ``()`` or that of ``target``, may change from step to step without recompilation; its values are
+            not checked.
+        reduction: ``"mean"`` (over targets that count; by weight with ``token_weight``; NaN if there are none, as in
+            torch), ``"sum"`` or ``"none"``.
+        softcap: bound of the logits, ``> 0``, as in Gemma 2; None for none.
+        logit_scale: factor on projection and bias, as in Cohere and Granite; the inverse of a temperature.
+        z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311); not smoothed.
+        token_weight: weight of each token's loss, shape of ``target``. ``"mean"`` divides by the sum of the weights
+            that count, as torch does with class weights.
+        impl: ``"chunked"`` (any device, small bounded buffer), ``"reference"`` (dense: the oracle, not for training)
+            or None to choose.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` a tensor of ``target``'s shape (0 where ignored); float32, or float64
+        for float64 inputs.
+
+    Raises:
+        TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
+        ValueError: shapes or devices that do not go together; an option out of its range.
+        IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
+        RuntimeError: on double backward, which is not implemented.
+
+    References:
+        Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
+
+    Example:
+        >>> import torch, levelhead
+        >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(32, 8, requires_grad=True)
+        >>> loss = levelhead.linear_cross_entropy(hidden, weight, torch.randint(32, (2, 5)), label_smoothing=0.1)
+        >>> loss.backward()
+        >>> weight.grad.shape
+        torch.Size([32, 8])
+    """
+    input = _autocast(input)
+    checks.check_linear(input, linear_weight, linear_bias)
+    checks.check_ids("target", target, input, several=False)
+    checks.check_options(softcap, logit_scale, impl)
+    checks.check_loss_options(label_smoothing, reduction, z_loss, target)
+    checks.check_target_range(target, linear_weight.shape[0], ignore_index)
+    if token_weight is not None:
+        checks.check_token_weight(token_weight, target)
+
+    x, ids = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
+    counts = ids != ignore_index
+    weight = _token_weight(token_weight, ids, counts, linear_weight.shape[0], input.dtype)
+    smoothing = _smoothing(label_smoothing, weight)
+    model, impl = (softcap, float(logit_scale)), impl or "chunked"
+
+    needed = _gradients_needed(input, linear_weight, linear_bias)
+    exotic = _gradients_needed(token_weight, label_smoothing)
+    if reduction != "none" and any(needed) and not any(exotic):
+        total = weight.sum()
+        if reduction == "mean":
+            weight = torch.where(counts, weight / total, 0)
+        loss, *_ = library.linear_cross_entropy(
+            x, linear_weight, ids, linear_bias, weight, smoothing, float(z_loss), *model, needed, impl
+        )
+        # The mean of nothing is NaN, as in torch, and its gradient zero.
+        return loss if reduction == "sum" else loss.masked_fill(total == 0, torch.nan)
+
+    stats = library.linear_logit_stats(x, linear_weight, ids[:, None], linear_bias, *model, impl)
+    # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
+    logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
+    losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
+    if reduction == "none":
+        return losses.reshape(target.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / weight.sum()
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A linear layer and the cross-entropy of its logits, in one; the module form of :func:`linear_cross_entropy`.
+
+    Named and laid out as ``torch.nn.LinearCrossEntropyLoss``: the layer is ``self.linear``. To use the head
+    that a model has already, tie it (``loss.linear.weight = model.lm_head.weight``) or call the function.
+
+    Args:
+        in_features: size ``D`` of the hidden states.
+        num_classes: size ``V`` of the vocabulary.
+        bias: whether the layer has a bias.
+        device: of the layer's parameters.
+        dtype: of the layer's parameters.
+        ignore_index: see :func:`linear_cross_entropy`, as for all that follow.
+        label_smoothing: in [0, 1].
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        softcap: bound of the logits, or None.
+        logit_scale: factor on the logits before the softcap.
+        z_loss: weight of ``logsumexp**2``.
+        impl: ``"chunked"``, ``"reference"`` or None to choose.
+
+    Shape:
+        input ``(..., D)``, target ``(...)``; a scalar, or ``(...)`` with ``reduction="none"``; float32 or float64.
+
+    Raises:
+        TypeError, ValueError, IndexError: in forward, as :func:`linear_cross_entropy` does.
+
+    References:
+        Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        impl: Impl | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction: Reduction = reduction
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.impl: Impl | None = impl
+
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
+        """Return the loss of ``input`` (..., D) against ``target`` (...)."""
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            token_weight=token_weight,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options, for print(module)."""
+        names = ("label_smoothing", "reduction", "softcap", "logit_scale", "z_loss", "ignore_index")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def linear_logit_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    picks: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: Impl | None = None,
+) -> LogitStats:
+    """Statistics of the logits ``z = softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) / softcap)``.
+
+    What a loss, a distillation target or a calibration metric needs, without the logits in memory. Differentiable
+    in ``logsumexp``, ``picked``, ``mean`` and ``expected``; the backward recomputes the logits tile by tile.
+
+    Precision: statistics and products accumulate in float32 (float64 for float64 inputs) whatever the input; each
+    gradient accumulates in float32 and is rounded once to its tensor's dtype.
+
+    Args:
+        input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
+        linear_weight: the output embedding, shape ``(V, D)``.
+        picks: vocabulary ids, one or K a token, shape ``(...)`` or ``(..., K)``, integer; repeats allowed. An id
+            outside ``[0, V)``, such as an ignored target, picks nothing: 0, without gradient.
+        linear_bias: shape ``(V,)``.
+        softcap: bound of the logits, ``> 0``; None for none.
+        logit_scale: factor on projection and bias; the inverse of a temperature.
+        impl: ``"chunked"`` (any device, small bounded buffer), ``"reference"`` (dense: the oracle, not for training)
+            or None to choose.
+
+    Returns:
+        LogitStats, fields of shape ``(...)``, picked that of ``picks``; nats; float32 or float64, argmax int64.
+
+    Raises:
+        TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
+        ValueError: shapes or devices that do not go together; an option out of its range.
+        RuntimeError: on double backward, which is not implemented.
+
+    References:
+        Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
+
+    Example:
+        >>> import torch, levelhead
+        >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(32, 8)
+        >>> stats = levelhead.linear_logit_stats(hidden, weight, torch.randint(32, (2, 5, 3)))
+        >>> confidence = (stats.max - stats.logsumexp).exp()
+        >>> confidence.shape, stats.picked.shape
+        (torch.Size([2, 5]), torch.Size([2, 5, 3]))
+    """
+    input = _autocast(input)
+    checks.check_linear(input, linear_weight, linear_bias)
+    checks.check_ids("picks", picks, input, several=True)
+    checks.check_options(softcap, logit_scale, impl)
+    tokens = input.shape[:-1]
+    x, ids = input.reshape(-1, input.shape[-1]), picks.long().reshape(tokens.numel(), -1)
+    stats = library.linear_logit_stats(
+        x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl or "chunked"
+    )
+    logsumexp, picked, mean, expected, largest, argmax = stats
+    return LogitStats(
+        logsumexp.reshape(tokens),
+        picked.reshape(picks.shape),
+        mean.reshape(tokens),
+        expected.reshape(tokens),
+        largest.reshape(tokens),
+        argmax.reshape(tokens),
+    )
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """Cast as autocast would for a linear layer; the operators have autocast switched off."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(device))
+
+
+def _gradients_needed(*tensors: Tensor | float | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors]
+
+
+def _token_weight(
+    token_weight: Tensor | None, ids: Tensor, counts: Tensor, vocabulary: int, dtype: torch.dtype
+) -> Tensor:
+    """Return each token's weight (N,): 0 where ignored, NaN where the target is not an id at all."""
+    dtype = library.statistics_dtype(dtype)
+    if token_weight is None:
+        weight = counts.to(dtype)
+    else:
+        weight = token_weight.reshape(-1).to(dtype).where(counts, 0)
+    outside = counts & ((ids < 0) | (ids >= vocabulary))
+    return weight.masked_fill(outside, torch.nan)
+
+
+def _smoothing(label_smoothing: float | Tensor, weight: Tensor) -> Tensor | None:
+    """Return each token's smoothing (N,), None for none."""
+    if not isinstance(label_smoothing, Tensor):
+        return torch.full_like(weight, label_smoothing) if label_smoothing else None
+    return label_smoothing.to(weight).reshape(-1).expand_as(weight)

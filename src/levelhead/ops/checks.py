@@ -1,0 +1,130 @@
+"""What the public functions refuse, before any kernel runs: what was asked, what came, what is valid, what to do."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Refuse tensors that do not make a linear layer."""
+    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but input is on {input.device}; move one of them"
+            )
+    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
+        raise ValueError(
+            "linear_weight must have shape (V, D) with at least one vocabulary entry, "
+            f"got {tuple(linear_weight.shape)}"
+        )
+    if input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"input must have shape (..., D) with D = {linear_weight.shape[1]} as in linear_weight "
+            f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias must have shape (V,) = ({linear_weight.shape[0]},), "
+            f"got {tuple(linear_bias.shape)}"
+        )
+    _check_dtypes(input, linear_weight, linear_bias)
+
+
+def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    dtypes = {t.dtype for t in (linear_weight, linear_bias) if t is not None}
+    if dtypes == {input.dtype}:
+        return
+    others = " and ".join(sorted(map(str, dtypes)))
+    if not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(
+            f"input is {input.dtype} but linear_weight and linear_bias are {others}; "
+            "cast them to one dtype, or use torch.autocast"
+        )
+    if torch.float64 in dtypes | {input.dtype}:
+        raise TypeError(
+            f"input is {input.dtype} but linear_weight and linear_bias are {others}; "
+            "autocast leaves float64 alone, so cast them to one dtype"
+        )
+
+
+def check_options(softcap: float | None, logit_scale: float, impl: str | None) -> None:
+    """Refuse options out of their range."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be a positive number, got {logit_scale}")
+    if impl not in (None, "chunked", "reference"):
+        raise ValueError(f"unknown impl {impl!r}; expected None, 'chunked' or 'reference'")
+
+
+def check_loss_options(
+    label_smoothing: float | Tensor, reduction: str, z_loss: float, target: Tensor
+) -> None:
+    """Refuse options of the loss out of their range."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a number >= 0, got {z_loss}")
+    if isinstance(label_smoothing, Tensor):
+        if label_smoothing.dim() and label_smoothing.shape != target.shape:
+            raise ValueError(
+                f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
+                f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
+            )
+    elif not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+
+
+def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
+    """Refuse ids whose dtype, device or shape does not fit input; ``several``: (..., K) fits too."""
+    if ids.dtype not in _INTEGERS:
+        hint = "; class probabilities are not supported" if ids.dtype in _FLOATS else ""
+        raise TypeError(f"{name} must hold integer ids, got {ids.dtype}{hint}")
+    if ids.device != input.device:
+        raise ValueError(f"{name} is on {ids.device} but input is on {input.device}; move one")
+    tokens = input.shape[:-1]
+    if ids.shape == tokens or (several and ids.dim() and ids.shape[:-1] == tokens):
+        return
+    shapes = f"{tuple(tokens)} or {tuple(tokens)} + (K,)" if several else f"{tuple(tokens)}"
+    raise ValueError(
+        f"{name} must have shape {shapes} for input {tuple(input.shape)}, got {tuple(ids.shape)}"
+    )
+
+
+def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
+    """Refuse weights that do not fit the targets."""
+    if token_weight.dtype not in _FLOATS:
+        raise TypeError(f"token_weight must be floating point, got {token_weight.dtype}")
+    if token_weight.device != target.device:
+        raise ValueError(
+            f"token_weight is on {token_weight.device} but target is on {target.device}; move one"
+        )
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"token_weight must have target's shape {tuple(target.shape)}, "
+            f"got {tuple(token_weight.shape)}"
+        )
+
+
+def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Refuse targets outside the vocabulary, where looking at them needs no host synchronisation."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
+        return
+    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if outside.any():
+        position = tuple(outside.nonzero()[0].tolist())
+        raise IndexError(
+            f"target{list(position)} is {target[position].item()}, outside [0, {vocabulary}) and not "
+            f"ignore_index = {ignore_index}; {int(outside.sum())} of {target.numel()} targets are"
+        )

@@ -1,0 +1,274 @@
+"""The three operators of Levelhead in torch.library: schemas, fakes, autograd and FLOP counts, bound here and nowhere else.
+
+``levelhead::linear_logit_stats`` and ``levelhead::linear_logit_stats_backward`` are the general pair: statistics
+forward, tiles recomputed backward, any upstream gradient per token. ``levelhead::linear_cross_entropy`` returns a
+weighted sum of token losses together with its gradients; its backward multiplies them by the upstream gradient,
+in place, once. A second backward recomputes them through ``linear_logit_stats_backward``.
+
+All three are opaque to the compiler on purpose: their loops depend on sizes that it would unroll. Tensors are
+flat here, (N, D) and (N,); shapes, defaults and errors are the business of api.py. Autocast is switched off inside:
+what is narrow has been narrowed by api.py, and float32 accumulators must stay float32.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked, flops, reference
+from .loss import token_loss_backward
+from .reference import GradientDtypes, Gradients
+from .statistics import LogitStats, StatsGradient
+
+_SCALED_ROWS = 2048  # of a narrow gradient, widened at a time when it is multiplied by the upstream gradient
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+
+
+@torch.library.custom_op("levelhead::linear_logit_stats", mutates_args=())
+def linear_logit_stats(
+    input: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (V, D)
+    picks: Tensor,  # (N, K)
+    linear_bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    logit_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of LogitStats."""
+    with torch.autocast(input.device.type, enabled=False):
+        return IMPLEMENTATIONS[impl].linear_logit_stats(
+            input, linear_weight, picks, linear_bias, softcap, logit_scale
+        )
+
+
+@linear_logit_stats.register_fake
+def _(
+    input: Tensor, linear_weight: Tensor, picks: Tensor, *_: Any  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def token() -> Tensor:
+        return input.new_empty(input.shape[0], dtype=statistics_dtype(input.dtype))
+
+    picked = input.new_empty(picks.shape, dtype=statistics_dtype(input.dtype))
+    argmax = input.new_empty(input.shape[0], dtype=torch.int64)
+    return token(), picked, token(), token(), token(), argmax
+
+
+@torch.library.custom_op("levelhead::linear_logit_stats_backward", mutates_args=())
+def linear_logit_stats_backward(
+    grad_logsumexp: Tensor | None,  # (N,)
+    grad_picked: Tensor | None,  # (N, K)
+    grad_mean: Tensor | None,  # (N,)
+    grad_expected: Tensor | None,  # (N,)
+    input: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (V, D)
+    picks: Tensor,  # (N, K)
+    linear_bias: Tensor | None,  # (V,)
+    logsumexp: Tensor,  # (N,)
+    expected: Tensor,  # (N,)
+    softcap: float | None,
+    logit_scale: float,
+    output_mask: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias, empty where ``output_mask`` is false."""
+    gradient = StatsGradient(grad_logsumexp, grad_picked, grad_mean, grad_expected)
+    keep = torch.zeros(len(input), dtype=torch.bool, device=input.device)
+    for field in gradient:
+        if field is not None:
+            keep |= (field != 0) if field.dim() == 1 else (field != 0).any(1)
+    dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
+    with torch.autocast(input.device.type, enabled=False):
+        gradients = IMPLEMENTATIONS[impl].linear_logit_stats_backward(
+            gradient, keep, input, linear_weight, picks, linear_bias,
+            logsumexp, expected, softcap, logit_scale, dtypes,
+        )  # fmt: skip
+    return _some(gradients, input)
+
+
+@linear_logit_stats_backward.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[12]
+    dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
+    return _empty_gradients(input, linear_weight, dtypes)
+
+
+@torch.library.custom_op("levelhead::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    input: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    linear_bias: Tensor | None,  # (V,)
+    token_weight: Tensor,  # (N,), 0 for ignored tokens
+    label_smoothing: Tensor | None,  # (N,)
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    output_mask: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
+
+    The gradients of float16 tensors are float32, so that a loss scale still finds what float16 would have lost.
+    """
+    dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
+    with torch.autocast(input.device.type, enabled=False):
+        loss, logsumexp, gradients = IMPLEMENTATIONS[impl].linear_cross_entropy(
+            input, linear_weight, target, linear_bias, token_weight, label_smoothing,
+            z_loss, softcap, logit_scale, dtypes,
+        )  # fmt: skip
+    return loss, logsumexp, *_some(gradients, input)
+
+
+@linear_cross_entropy.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (input, linear_weight, _, linear_bias, token_weight), output_mask = args[:5], args[9]
+    dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
+    gradients = _empty_gradients(input, linear_weight, dtypes)
+    return token_weight.new_empty(()), token_weight.new_empty(token_weight.shape), *gradients
+
+
+# Autograd.
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, linear_weight, picks, linear_bias, ctx.softcap, ctx.logit_scale, ctx.impl = inputs
+    stats = LogitStats(*output)
+    ctx.mark_non_differentiable(stats.max, stats.argmax)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected
+    )
+
+
+def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    logsumexp, picked, mean, expected, _, _ = grad_outputs
+    gradients = linear_logit_stats_backward(
+        logsumexp, picked, mean, expected, *ctx.saved_tensors,
+        ctx.softcap, ctx.logit_scale, mask, ctx.impl,
+    )  # fmt: skip
+    dx, dw, db = _none_where_not_needed(gradients, mask)
+    return dx, dw, None, db, None, None, None
+
+
+linear_logit_stats.register_autograd(_stats_backward, setup_context=_save_stats)
+
+
+def _refuse_double_backward(*_: object) -> None:
+    raise RuntimeError(
+        "levelhead does not implement double backward: the gradient of linear_cross_entropy or "
+        "linear_logit_stats was differentiated. Compute the loss with "
+        "torch.nn.functional.cross_entropy(input @ linear_weight.T, target) where second derivatives "
+        "are needed, or drop create_graph=True where they are not."
+    )
+
+
+linear_logit_stats_backward.register_autograd(_refuse_double_backward)
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, linear_weight, target, linear_bias, token_weight, label_smoothing, *options = inputs
+    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl = options
+    _, logsumexp, *gradients = output
+    ctx.mark_non_differentiable(logsumexp, *gradients)
+    # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
+    ctx.set_materialize_grads(False)
+    ctx.gradients = gradients
+    ctx.save_for_backward(
+        input, linear_weight, target, linear_bias, token_weight, label_smoothing, logsumexp
+    )
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 11
+    if ctx.gradients is None or torch.is_grad_enabled():
+        gradients = _recomputed_gradients(ctx, grad_loss)
+    else:
+        gradients, ctx.gradients = [_scaled(g, grad_loss) for g in ctx.gradients], None
+    input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
+    dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
+    return (
+        None if dx is None else dx.to(input.dtype),
+        None if dw is None else dw.to(linear_weight.dtype),
+        None,
+        None if db is None else db.to(linear_bias.dtype),
+        *(None,) * 7,
+    )
+
+
+linear_cross_entropy.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients anew: the stored ones are spent, or were asked for with create_graph=True."""
+    input, linear_weight, target, linear_bias, token_weight, eps, logsumexp = ctx.saved_tensors
+    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, eps, ctx.z_loss)
+    return linear_logit_stats_backward(
+        *gradient, input, linear_weight, target[:, None], linear_bias,
+        logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
+    )  # fmt: skip
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return a stored gradient times the upstream gradient (), rounded once; in place where that is possible."""
+    # A 0-dim factor would be rounded to a narrow gradient's dtype first; shape (1,) lifts the product to float32.
+    factor = factor.reshape(1)
+    if type(gradient) is not Tensor:  # traced: the compiler fuses this, and reuses what it may
+        return (gradient * factor).to(gradient.dtype)
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)
+    for block in gradient.split(_SCALED_ROWS):
+        block.copy_(block * factor)
+    return gradient
+
+
+# Shapes and dtypes.
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics and losses for an input's dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gradient_dtypes(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, output_mask: list[bool]
+) -> GradientDtypes:
+    dx, dw, db = (
+        tensor.dtype if needed and tensor is not None else None
+        for tensor, needed in zip((input, linear_weight, linear_bias), output_mask, strict=True)
+    )
+    return dx, dw, db
+
+
+def _stored_dtypes(dtypes: GradientDtypes) -> GradientDtypes:
+    dx, dw, db = (torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes)
+    return dx, dw, db
+
+
+def _some(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace what was not needed by empty tensors: a schema has no optional results."""
+    dx, dw, db = (like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, dw, db
+
+
+def _empty_gradients(
+    input: Tensor, linear_weight: Tensor, dtypes: GradientDtypes
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    dx, dw, db = (
+        input.new_empty(0) if dtype is None else input.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return dx, dw, db
+
+
+def _none_where_not_needed(
+    gradients: list[Tensor] | tuple[Tensor, ...], mask: list[bool]
+) -> tuple[Tensor | None, ...]:
+    return tuple(g if needed else None for g, needed in zip(gradients, mask, strict=True))
+
+
+flops.register()

@@ -1,0 +1,40 @@
+"""The smoothed cross-entropy of a token in terms of its logit statistics, and its derivative.
+
+With ``q = (1 - eps) onehot(target) + eps / V`` (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567)::
+
+    loss = -sum_v q_v log p_v + z_loss * logsumexp^2
+         = logsumexp - (1 - eps) * picked - eps * mean + z_loss * logsumexp^2
+"""
+
+from torch import Tensor
+
+from .statistics import StatsGradient
+
+
+def token_loss(
+    logsumexp: Tensor,  # (N,)
+    picked: Tensor,  # (N,), the target's logit
+    mean: Tensor,  # (N,)
+    label_smoothing: Tensor | None,  # (N,)
+    z_loss: float,
+) -> Tensor:
+    """Return the loss of each token, shape (N,)."""
+    if label_smoothing is None:
+        loss = logsumexp - picked
+    else:
+        loss = logsumexp - (1 - label_smoothing) * picked - label_smoothing * mean
+    return loss + z_loss * logsumexp.square() if z_loss else loss
+
+
+def token_loss_backward(
+    token_weight: Tensor,  # (N,), upstream gradient of each token's loss
+    logsumexp: Tensor,  # (N,)
+    label_smoothing: Tensor | None,  # (N,)
+    z_loss: float,
+) -> StatsGradient:
+    """Return the gradients of the statistics that :func:`token_loss` uses, picked of shape (N, 1)."""
+    logsumexp_gradient = token_weight * (1 + 2 * z_loss * logsumexp) if z_loss else token_weight
+    if label_smoothing is None:
+        return StatsGradient(logsumexp_gradient, -token_weight[:, None], None, None)
+    picked = token_weight * (label_smoothing - 1)
+    return StatsGradient(logsumexp_gradient, picked[:, None], -token_weight * label_smoothing, None)

@@ -1,0 +1,100 @@
+"""Every text that a user can be shown says what was asked, what came, what is valid and what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import levelhead
+
+X, W, Y = torch.randn(2, 3, 8), torch.randn(11, 8), torch.zeros(2, 3, dtype=torch.int64)
+
+
+def _refusal(error: type[Exception], *args: Any, function: Any = None, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        (function or levelhead.linear_cross_entropy)(*args, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "text"),
+    [
+        ((X, W.long(), Y), TypeError, "linear_weight must be float16, bfloat16, float32 or float64, got torch.int64"),
+        ((X, W[0], Y), ValueError, "linear_weight must have shape (V, D) with at least one vocabulary entry, got (8,)"),
+        ((X, W[:0], Y), ValueError, "linear_weight must have shape (V, D) with at least one vocabulary entry, got (0, 8)"),
+        ((X[..., :5], W, Y), ValueError, "input must have shape (..., D) with D = 8 as in linear_weight (11, 8), got (2, 3, 5)"),
+        ((X, W, Y[0]), ValueError, "target must have shape (2, 3) for input (2, 3, 8), got (3,)"),
+        ((X, W, Y.float()), TypeError, "target must hold integer ids, got torch.float32; class probabilities are not supported"),
+        ((X, W, Y.bool()), TypeError, "target must hold integer ids, got torch.bool"),
+        ((X, W.to("meta"), Y), ValueError, "linear_weight is on meta but input is on cpu; move one of them"),
+        ((X, W, Y.to("meta")), ValueError, "target is on meta but input is on cpu; move one"),
+        ((X.half(), W, Y), TypeError, "input is torch.float16 but linear_weight and linear_bias are torch.float32; cast them to one dtype, or use torch.autocast"),
+        ((X, W, Y + 11), IndexError, "target[0, 0] is 11, outside [0, 11) and not ignore_index = -100; 6 of 6 targets are"),
+        ((X, W, Y - 1), IndexError, "target[0, 0] is -1, outside [0, 11) and not ignore_index = -100; 6 of 6 targets are"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(args: Any, error: type[Exception], text: str) -> None:
+    assert _refusal(error, *args) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must lie in [0, 1], got 1.5"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must lie in [0, 1], got -0.1"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing must lie in [0, 1], got nan"),
+        ({"label_smoothing": torch.zeros(4)}, ValueError, "label_smoothing must be a number, a 0-dim tensor or of target's shape (2, 3), got shape (4,)"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None, got 0.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be a positive number or None, got inf"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be a positive number, got 0.0"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be a number >= 0, got -1.0"),
+        ({"reduction": "average"}, ValueError, "unknown reduction 'average'; expected 'mean', 'sum' or 'none'"),
+        ({"impl": "naive"}, ValueError, "unknown impl 'naive'; expected None, 'chunked' or 'reference'"),
+        ({"linear_bias": torch.zeros(8)}, ValueError, "linear_bias must have shape (V,) = (11,), got (8,)"),
+        ({"linear_bias": torch.zeros(11).double()}, TypeError, "input is torch.float32 but linear_weight and linear_bias are torch.float32 and torch.float64; cast them to one dtype, or use torch.autocast"),
+        ({"token_weight": torch.ones(6)}, ValueError, "token_weight must have target's shape (2, 3), got (6,)"),
+        ({"token_weight": Y}, TypeError, "token_weight must be floating point, got torch.int64"),
+        ({"token_weight": torch.ones(2, 3, device="meta")}, ValueError, "token_weight is on meta but target is on cpu; move one"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(options: Any, error: type[Exception], text: str) -> None:
+    assert _refusal(error, X, W, Y, **options) == text
+
+
+def test_float64_is_not_mixed_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        text = _refusal(TypeError, X, W.double(), Y)
+    assert text == (
+        "input is torch.bfloat16 but linear_weight and linear_bias are torch.float64; "
+        "autocast leaves float64 alone, so cast them to one dtype"
+    )
+
+
+def test_picks_may_be_one_or_several_a_token() -> None:
+    text = _refusal(ValueError, X, W, Y[0], function=levelhead.linear_logit_stats)
+    assert text == "picks must have shape (2, 3) or (2, 3) + (K,) for input (2, 3, 8), got (3,)"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused_where_it_is_asked_for(reduction: Any) -> None:
+    x, weight = X.clone().requires_grad_(), W.clone().requires_grad_()
+    loss = levelhead.linear_cross_entropy(x, weight, Y, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="levelhead does not implement double backward"):
+        (loss + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_target_out_of_range_makes_the_loss_nan_where_nobody_looks(
+    reduction: Any, grad: bool
+) -> None:
+    """The documented behaviour on an accelerator and under torch.compile: loud, without a host synchronisation."""
+    target = Y.clone()
+    target[1, 2] = 11
+    weight = W.clone().requires_grad_(grad)
+    compiled = torch.compile(levelhead.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(X, weight, target, reduction=reduction)
+    assert loss.flatten()[-1].isnan()
+    if reduction == "none":
+        assert loss.flatten()[:-1].isfinite().all()
