@@ -1,4 +1,4 @@
-"""The laws run on small problems, so the chunked implementation gets small tiles: several a problem, none of them even."""
+"""The laws run on small problems, so the chunked implementation gets small tiles: several a problem."""
 
 from collections.abc import Iterator
 

@@ -1,15 +1,16 @@
 """Laws of the smoothed cross-entropy, in float64."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.problems import Problem, assert_equal, gradients, problems
 
 from levelhead.ops import chunked
-from tests.problems import Problem, assert_equal, gradients, problems
 
 
 @given(problems())
@@ -19,9 +20,7 @@ def test_value_and_every_gradient_equal_torch(problem: Problem) -> None:
     assert_equal(gradients(actual, problem), gradients(expected, problem))
 
 
-@given(
-    problems(label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None)
-)
+@given(problems(label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None))
 def test_without_smoothing_it_is_the_cross_entropy_of_torch(problem: Problem) -> None:
     logits = F.linear(problem.input, problem.linear_weight, problem.linear_bias)
     options = {"ignore_index": problem.ignore_index, "reduction": problem.reduction}
@@ -61,7 +60,7 @@ def test_a_shift_of_the_bias_changes_nothing(problem: Problem, shift: float) -> 
 
 
 @given(problems(), st.randoms(use_true_random=False))
-def test_tokens_may_be_permuted(problem: Problem, random) -> None:  # noqa: ANN001
+def test_tokens_may_be_permuted(problem: Problem, random: Random) -> None:
     order = list(range(len(problem.target)))
     random.shuffle(order)
     weight = problem.token_weight
@@ -75,7 +74,7 @@ def test_tokens_may_be_permuted(problem: Problem, random) -> None:  # noqa: ANN0
 
 
 @given(problems(ignore_index=-100), st.randoms(use_true_random=False))
-def test_the_vocabulary_may_be_permuted(problem: Problem, random) -> None:  # noqa: ANN001
+def test_the_vocabulary_may_be_permuted(problem: Problem, random: Random) -> None:
     order = list(range(len(problem.linear_weight)))
     random.shuffle(order)
     new_id = torch.tensor(order).argsort()

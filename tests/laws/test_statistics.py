@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.problems import Problem, assert_equal, problems
 from torch import Tensor
 
 from levelhead import LogitStats, linear_logit_stats
 from levelhead.ops import merge
 from levelhead.ops.statistics import empty_set
-from tests.problems import Problem, assert_equal, problems
 
 
 def _picks(problem: Problem, k: int) -> Tensor:

@@ -124,7 +124,11 @@ def test_tiny_float16_gradients_survive_until_the_loss_scale(reduction: Any) -> 
     token_weight = torch.full((N,), 1e-6)
     logits = F.linear(x, weight).float()
     dense = F.cross_entropy(logits, target, reduction="none") * token_weight
-    dense = {"mean": dense.sum() / token_weight.sum() * 1e-6, "sum": dense.sum(), "none": dense.sum()}
+    dense = {
+        "mean": dense.sum() / token_weight.sum() * 1e-6,
+        "sum": dense.sum(),
+        "none": dense.sum(),
+    }
     fused = levelhead.linear_cross_entropy(
         x, weight, target, token_weight=token_weight, reduction=reduction
     ).sum()

@@ -105,13 +105,24 @@ def linear_cross_entropy(
         total = weight.sum()
         if reduction == "mean":
             weight = torch.where(counts, weight / total, 0)
-        loss, *_ = library.linear_cross_entropy(
-            x, linear_weight, ids, linear_bias, weight, smoothing, float(z_loss), *model, needed, impl
+        fused: tuple[Tensor, ...] = library.linear_cross_entropy(
+            x,
+            linear_weight,
+            ids,
+            linear_bias,
+            weight,
+            smoothing,
+            float(z_loss),
+            *model,
+            needed,
+            impl,
         )
         # The mean of nothing is NaN, as in torch, and its gradient zero.
-        return loss if reduction == "sum" else loss.masked_fill(total == 0, torch.nan)
+        return fused[0] if reduction == "sum" else fused[0].masked_fill(total == 0, torch.nan)
 
-    stats = library.linear_logit_stats(x, linear_weight, ids[:, None], linear_bias, *model, impl)
+    stats: tuple[Tensor, ...] = library.linear_logit_stats(
+        x, linear_weight, ids[:, None], linear_bias, *model, impl
+    )
     # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
     logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
     losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
@@ -270,7 +281,7 @@ def linear_logit_stats(
 def _autocast(input: Tensor) -> Tensor:
     """Cast as autocast would for a linear layer; the operators have autocast switched off."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if not checks.autocast_is_on(device) or input.dtype == torch.float64:
         return input
     return input.to(torch.get_autocast_dtype(device))
 
@@ -285,9 +296,8 @@ def _token_weight(
 ) -> Tensor:
     """Return each token's weight (N,): 0 where ignored, NaN where the target is not an id at all."""
     dtype = library.statistics_dtype(dtype)
-    if token_weight is None:
-        weight = counts.to(dtype)
-    else:
+    weight = counts.to(dtype)
+    if token_weight is not None:
         weight = token_weight.reshape(-1).to(dtype).where(counts, 0)
     outside = counts & ((ids < 0) | (ids >= vocabulary))
     return weight.masked_fill(outside, torch.nan)

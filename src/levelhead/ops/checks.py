@@ -46,7 +46,7 @@ def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
     if dtypes == {input.dtype}:
         return
     others = " and ".join(sorted(map(str, dtypes)))
-    if not torch.is_autocast_enabled(input.device.type):
+    if not autocast_is_on(input.device.type):
         raise TypeError(
             f"input is {input.dtype} but linear_weight and linear_bias are {others}; "
             "cast them to one dtype, or use torch.autocast"
@@ -56,6 +56,11 @@ def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
             f"input is {input.dtype} but linear_weight and linear_bias are {others}; "
             "autocast leaves float64 alone, so cast them to one dtype"
         )
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Return whether autocast is on for a device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_options(softcap: float | None, logit_scale: float, impl: str | None) -> None:

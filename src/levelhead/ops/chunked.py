@@ -1,4 +1,4 @@
-"""ATen implementation: any device, any floating dtype; logits stand only in a bounded buffer that is used again and again.
+"""ATen implementation: any device, any floating dtype; logits stand only in a bounded buffer, used again and again.
 
 NVD below is one multiply-add per token, vocabulary entry and hidden unit.
 
@@ -13,11 +13,12 @@ the chunks in (V, D) float32; for float32 and float16 weights that is the result
 Products accumulate in float32 (float64 for float64). An accelerator multiplies narrow operands as they are, into
 a float32 result; a CPU multiplies float32 copies, made tile by tile.
 
-Smoothing by its rank-one form would save two passes over the buffer, which here are 0.5 % of the time; the
-products are the rest.
+The rank-one form of smoothing is not used: it would save two passes over a buffer that stands in cache, beside
+three products that take nearly all the time.
 """
 
 from collections.abc import Iterator
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -45,18 +46,15 @@ def linear_logit_stats(
     logit_scale: float,
 ) -> LogitStats:
     """Return the statistics of the logits, fields of shape (N,) and (N, K)."""
-    dtype, operand, linear_weight = _operands(input, linear_weight)
-    tokens = min(_TILE_TOKENS, max(len(input), 1))
-    entries = min(len(linear_weight), _fit(linear_weight, dtype, tokens, buffers=2))
-    z_buffer, scratch = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
+    dtype = _accumulator_dtype(input)
+    tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=2)
+    t_buffer, scratch = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
     parts = []
     for rows in _slices(max(len(input), 1), tokens):
-        x, ids = input[rows].to(operand), picks[rows]
-        stats = empty_set(ids, dtype)
-        for columns, weight, bias in _head_tiles(linear_weight, linear_bias, operand, entries):
-            z = _view(z_buffer, x, weight)
-            tile.logits_(z, x, weight, bias, softcap, logit_scale)
-            part = tile.stats(z, ids, columns.start, _view(scratch, x, weight))
+        x, ids, stats = input[rows], picks[rows], empty_set(picks[rows], dtype)
+        for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
+            t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
+            part = tile.stats(t, softcap or 1, ids, columns.start, _view(scratch, x, weight))
             stats = merge(stats, columns.start, part, len(weight))
         parts.append(stats)
     return LogitStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
@@ -76,33 +74,28 @@ def linear_logit_stats_backward(
     gradient_dtypes: GradientDtypes,
 ) -> Gradients:
     """Return the gradients of input, weight and bias; None where not needed."""
-    kept = Rows(keep)
+    kept, size = Rows(keep), len(linear_weight)
     input, picks, gradient = kept.take(input), kept.take(picks), gradient.map(kept.take)
     logsumexp, expected = kept.take(logsumexp, fill=torch.inf), kept.take(expected)
-    dtype, operand, linear_weight = _operands(input, linear_weight)
-    tokens = min(_TILE_TOKENS, max(len(input), 1))
+    dtype = _accumulator_dtype(input)
     buffers = 2 if gradient.expected is None else 3
-    entries = min(len(linear_weight), _fit(linear_weight, dtype, tokens, buffers=buffers))
-    z_buffer, p_buffer = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
-    dx_dtype, dw_dtype, db_dtype = gradient_dtypes
-    dx = _zeros(input, dx_dtype and dtype)
-    dw = _zeros(linear_weight, dw_dtype)
-    db = _zeros(linear_weight[:, 0], db_dtype and dtype)
-    for columns, weight, bias in _head_tiles(linear_weight, linear_bias, operand, entries):
+    tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=buffers)
+    t_buffer, p_buffer = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
+    dx = _zeros(input, gradient_dtypes[0], dtype)
+    dw = _zeros(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
+    db = _zeros(linear_weight[:, 0], gradient_dtypes[2], dtype)
+    for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
         # A tile of dw has one owner: it accumulates here, over all tokens, and is rounded once.
         dw_tile = None if dw is None else dw[columns].to(dtype)
         for rows in _slices(len(input), tokens):
-            x = input[rows].to(operand)
-            z, p = _view(z_buffer, x, weight), _view(p_buffer, x, weight)
-            tile.logits_(z, x, weight, bias, softcap, logit_scale)
-            torch.sub(z, logsumexp[rows, None], out=p).exp_()
-            g = gradient.map(lambda field, rows=rows: field[rows])  # type: ignore[misc]
-            size, first = len(linear_weight), columns.start
-            tile.dlogits_(p, z, picks[rows], first, g, expected[rows], size, softcap)
-            tile.multiply_out_(p, x, weight, logit_scale, _at(dx, rows), dw_tile, _at(db, columns))
+            x, ids, g = input[rows], picks[rows], gradient.map(itemgetter(rows))
+            t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
+            p = tile.exp(t, softcap or 1, logsumexp[rows], out=_view(p_buffer, x, weight))
+            da = tile.gradient_(p, t, ids, columns.start, g, expected[rows], size, softcap)
+            tile.multiply_out_(da, x, weight, logit_scale, _at(dx, rows), dw_tile, _at(db, columns))
         if dw is not None and dw_tile is not None and dw.dtype != dtype:
             dw[columns] = dw_tile
-    return _finish(kept, dx, dw, db, gradient_dtypes)
+    return _finish((dx, dw, db), gradient_dtypes, kept)
 
 
 def linear_cross_entropy(
@@ -118,48 +111,36 @@ def linear_cross_entropy(
     gradient_dtypes: GradientDtypes,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Return sum_i token_weight_i * loss_i, the logsumexp (N,) and the gradients of the sum."""
-    kept = Rows(token_weight != 0)
-    input, picks, token_weight = map(kept.take, (input, target[:, None], token_weight))
-    label_smoothing = None if label_smoothing is None else kept.take(label_smoothing)
-    size = len(linear_weight)
-    dtype, operand, linear_weight = _operands(input, linear_weight)
-    buffers = 1 if softcap is None else 2
-    tokens = min(max(len(input), 1), _fit(linear_weight, dtype, size, buffers=buffers))
-    z_buffer, *other = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
-    dx, dw, db = (
-        _zeros(like, needed and dtype)
-        for like, needed in zip(
-            (input, linear_weight, linear_weight[:, 0]), gradient_dtypes, strict=True
-        )
-    )
-    # Where float16 probabilities are multiplied, they get the range that a loss scale would give them.
-    boost = _float16_boost(token_weight) if input.dtype == torch.float16 else None
+    kept, size = Rows(token_weight != 0), len(linear_weight)
+    input, picks, token_weight = (kept.take(t) for t in (input, target[:, None], token_weight))
+    smoothing = None if label_smoothing is None else kept.take(label_smoothing)
+    dtype = _accumulator_dtype(input)
+    buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
+    tokens = _chunk_tokens(input, linear_weight, dtype, buffers=buffers)
+    buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
+    dx = _zeros(input, gradient_dtypes[0], dtype)
+    dw = _zeros(linear_weight, gradient_dtypes[1], dtype)
+    db = _zeros(linear_weight[:, 0], gradient_dtypes[2], dtype)
+    scale = _float16_scale(token_weight) if input.dtype == torch.float16 else None
     losses, logsumexps = [token_weight[:0]], [token_weight[:0]]
     for rows in _slices(len(input), tokens):
-        x, ids, w = input[rows].to(operand), picks[rows], token_weight[rows]
-        eps = _at(label_smoothing, rows)
-        z = _view(z_buffer, x, linear_weight)
-        for columns, weight, bias in _head_tiles(linear_weight, linear_bias, operand, size):
-            tile.logits_(z[:, columns], x, weight, bias, softcap, logit_scale)
-        picked, mean, largest = tile.pick(z, ids, 0)[:, 0], z.mean(1), z.amax(1)
-        # In place, unless the derivative of the softcap will ask for z.
-        exps = _view(other[0], x, linear_weight) if other else z
-        torch.sub(z, largest[:, None], out=exps).exp_()
-        total = exps.sum(1)
-        logsumexp = largest + total.log()
-        losses.append(w * token_loss(logsumexp, picked, mean, eps, z_loss))
+        x, ids, w, eps = input[rows], picks[rows], token_weight[rows], _at(smoothing, rows)
+        t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
+        for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
+            tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
+        picked, mean, logsumexp, total = tile.softmax(t, softcap or 1, ids, out=exps)
+        losses.append(w * token_loss(logsumexp, picked[:, 0], mean, eps, z_loss))
         logsumexps.append(logsumexp)
-        g = token_loss_backward(w if boost is None else w * boost, logsumexp, eps, z_loss)
-        g = g._replace(logsumexp=g.logsumexp / total)
-        da = tile.dlogits_(exps, z, ids, 0, g, None, size, softcap)
-        for columns, weight, _ in _head_tiles(linear_weight, None, operand, size):
+        g = token_loss_backward(w if scale is None else w * scale, logsumexp, eps, z_loss)
+        da = tile.gradient_(exps, t, ids, 0, g, None, size, softcap, total)
+        for columns, weight, _ in _head_tiles(input, linear_weight, None, size):
             tile.multiply_out_(
                 da[:, columns], x, weight, logit_scale,
                 _at(dx, rows), _at(dw, columns), _at(db, columns),
             )  # fmt: skip
-    if boost is not None:
-        dx, dw, db = (None if g is None else g.div_(boost) for g in (dx, dw, db))
-    gradients = _finish(kept, dx, dw, db, gradient_dtypes)
+    if scale is not None:
+        dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
+    gradients = _finish((dx, dw, db), gradient_dtypes, kept)
     return torch.cat(losses).sum(), kept.put(torch.cat(logsumexps)), gradients
 
 
@@ -168,30 +149,40 @@ def buffer_budget(linear_weight: Tensor) -> int:
     return max(_BUDGET_FLOOR, int(_BUDGET_SHARE * linear_weight.numel() * linear_weight.itemsize))
 
 
-def _fit(linear_weight: Tensor, dtype: torch.dtype, side: int, *, buffers: int) -> int:
-    """Return the other side of the largest tile of which ``buffers`` fit the budget; at least 1."""
-    return max(1, buffer_budget(linear_weight) // (buffers * dtype.itemsize * side))
+def _tile_shape(
+    input: Tensor, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int
+) -> tuple[int, int]:
+    """Return how many tokens and entries a tile has, so that all buffers of that shape fit the budget."""
+    tokens = min(_TILE_TOKENS, max(len(input), 1))
+    entries = buffer_budget(linear_weight) // (buffers * dtype.itemsize * tokens)
+    return tokens, min(max(entries, 1), len(linear_weight))
 
 
-def _operands(input: Tensor, linear_weight: Tensor) -> tuple[torch.dtype, torch.dtype, Tensor]:
-    """Return the dtype to accumulate in, the dtype to multiply in, and the weight to take tiles of."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    if input.device.type == "cpu":
-        return dtype, dtype, linear_weight  # cast tile by tile
-    return dtype, input.dtype, linear_weight.to(input.dtype)
+def _chunk_tokens(input: Tensor, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int) -> int:
+    """Return how many tokens a chunk has, so that all buffers for the whole vocabulary fit the budget."""
+    tokens = buffer_budget(linear_weight) // (buffers * dtype.itemsize * len(linear_weight))
+    return min(max(tokens, 1), max(len(input), 1))
+
+
+def _accumulator_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _head_tiles(
-    weight: Tensor, bias: Tensor | None, operand: torch.dtype, entries: int
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, entries: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield the head in tiles of at most ``entries`` vocabulary entries, ready to multiply."""
-    if weight.dtype != operand:
-        entries = min(entries, max(1, _CAST_BYTES // (weight.shape[1] * operand.itemsize)))
-    for columns in _slices(len(weight), entries):
-        yield columns, weight[columns].to(operand), None if bias is None else bias[columns]
+    """Yield the head in tiles of at most ``entries`` vocabulary entries, in the dtype to multiply in."""
+    on_cpu = input.device.type == "cpu"
+    operand = _accumulator_dtype(input) if on_cpu else input.dtype
+    if on_cpu and linear_weight.dtype != operand:
+        entries = min(entries, max(1, _CAST_BYTES // (linear_weight.shape[1] * operand.itemsize)))
+    for columns in _slices(len(linear_weight), entries):
+        yield columns, linear_weight[columns].to(operand), _at(linear_bias, columns)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
+    """Yield equal slices, of at most ``size``: a short last one would be slow and, of one row, less precise."""
+    size = -(-length // -(-length // size)) if length else size
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -201,31 +192,27 @@ def _view(buffer: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return buffer[: len(x) * len(weight)].view(len(x), len(weight))
 
 
-def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    return None if dtype is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-
 def _at(tensor: Tensor | None, where: slice) -> Tensor | None:
     return None if tensor is None else tensor[where]
 
 
-def _finish(
-    kept: Rows,
-    dx: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
-    gradient_dtypes: GradientDtypes,
-) -> Gradients:
-    """Round the accumulators to the dtypes asked for, and give the rows left out their zeros."""
-    dx_dtype, dw_dtype, db_dtype = gradient_dtypes
-    return (
-        None if dx is None else kept.put(dx.to(dx_dtype)),
-        None if dw is None else dw.to(dw_dtype),
-        None if db is None else db.to(db_dtype),
+def _zeros(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if needed is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
+def _finish(sums: Gradients, dtypes: GradientDtypes, kept: Rows) -> Gradients:
+    """Round the sums to the dtypes asked for, and give the rows that were left out their zeros."""
+    dx, dw, db = (
+        None if total is None else total.to(dtype)
+        for total, dtype in zip(sums, dtypes, strict=True)
     )
+    return None if dx is None else kept.put(dx), dw, db
 
 
-def _float16_boost(token_weight: Tensor) -> Tensor:
-    """Return the power of two that takes the largest token weight to [2^13, 2^14)."""
+def _float16_scale(token_weight: Tensor) -> Tensor:
+    """Return the power of two that takes the largest weight to [2^13, 2^14).
+
+    Where float16 probabilities are multiplied, they then have the range that a loss scale would give them.
+    """
     largest = torch.cat([token_weight.abs(), token_weight.new_zeros(1)]).amax()
     return torch.ldexp(torch.ones_like(largest), 14 - torch.frexp(largest).exponent)

@@ -20,18 +20,22 @@ def _product(input: Sequence[int], linear_weight: Sequence[int]) -> int:
     return 2 * input[0] * input[1] * linear_weight[0]
 
 
+def _products(output_mask: Sequence[bool]) -> int:
+    """Count the logits themselves and the gradients of input and weight; that of the bias is no product."""
+    return 1 + output_mask[0] + output_mask[1]
+
+
 def _linear_logit_stats(input: Any, linear_weight: Any, *_: Any, **__: Any) -> int:
     return _product(input, linear_weight)
 
 
 def _linear_logit_stats_backward(*args: Any, **_: Any) -> int:
     input, linear_weight, output_mask = args[4], args[5], args[12]
-    return _product(input, linear_weight) * (1 + output_mask[0] + output_mask[1])
+    return _product(input, linear_weight) * _products(output_mask)
 
 
 def _linear_cross_entropy(input: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
-    output_mask = args[7]
-    return _product(input, linear_weight) * (1 + output_mask[0] + output_mask[1])
+    return _product(input, linear_weight) * _products(args[7])
 
 
 def _register() -> None:

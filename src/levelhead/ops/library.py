@@ -1,4 +1,4 @@
-"""The three operators of Levelhead in torch.library: schemas, fakes, autograd and FLOP counts, bound here and nowhere else.
+"""The three operators in torch.library: schemas, fakes, autograd and FLOP counts, bound here and nowhere else.
 
 ``levelhead::linear_logit_stats`` and ``levelhead::linear_logit_stats_backward`` are the general pair: statistics
 forward, tiles recomputed backward, any upstream gradient per token. ``levelhead::linear_cross_entropy`` returns a
@@ -21,7 +21,9 @@ from .loss import token_loss_backward
 from .reference import GradientDtypes, Gradients
 from .statistics import LogitStats, StatsGradient
 
-_SCALED_ROWS = 2048  # of a narrow gradient, widened at a time when it is multiplied by the upstream gradient
+_SCALED_ROWS = (
+    2048  # of a narrow gradient, widened at a time when it is multiplied by the upstream gradient
+)
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
@@ -38,14 +40,18 @@ def linear_logit_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of LogitStats."""
     with torch.autocast(input.device.type, enabled=False):
-        return IMPLEMENTATIONS[impl].linear_logit_stats(
+        stats: LogitStats = IMPLEMENTATIONS[impl].linear_logit_stats(
             input, linear_weight, picks, linear_bias, softcap, logit_scale
         )
+    return stats
 
 
 @linear_logit_stats.register_fake
 def _(
-    input: Tensor, linear_weight: Tensor, picks: Tensor, *_: Any  # noqa: ARG001
+    input: Tensor,
+    linear_weight: Tensor,
+    picks: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def token() -> Tensor:
         return input.new_empty(input.shape[0], dtype=statistics_dtype(input.dtype))
@@ -137,9 +143,7 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     stats = LogitStats(*output)
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected
-    )
+    ctx.save_for_backward(input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -187,7 +191,8 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
     if ctx.gradients is None or torch.is_grad_enabled():
         gradients = _recomputed_gradients(ctx, grad_loss)
     else:
-        gradients, ctx.gradients = [_scaled(g, grad_loss) for g in ctx.gradients], None
+        gradients = tuple(_scaled(gradient, grad_loss) for gradient in ctx.gradients)
+        ctx.gradients = None
     input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
     dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
     return (
@@ -202,14 +207,15 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
 linear_cross_entropy.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
-def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients anew: the stored ones are spent, or were asked for with create_graph=True."""
     input, linear_weight, target, linear_bias, token_weight, eps, logsumexp = ctx.saved_tensors
     gradient = token_loss_backward(grad_loss * token_weight, logsumexp, eps, ctx.z_loss)
-    return linear_logit_stats_backward(
+    gradients: tuple[Tensor, ...] = linear_logit_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
         logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
     )  # fmt: skip
+    return gradients
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -220,7 +226,8 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
         return (gradient * factor).to(gradient.dtype)
     if gradient.dtype == factor.dtype:
         return gradient.mul_(factor)
-    for block in gradient.split(_SCALED_ROWS):
+    for start in range(0, len(gradient), _SCALED_ROWS):
+        block = gradient[start : start + _SCALED_ROWS]
         block.copy_(block * factor)
     return gradient
 
@@ -266,7 +273,7 @@ def _empty_gradients(
 
 
 def _none_where_not_needed(
-    gradients: list[Tensor] | tuple[Tensor, ...], mask: list[bool]
+    gradients: tuple[Tensor, ...], mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
     return tuple(g if needed else None for g, needed in zip(gradients, mask, strict=True))
 

@@ -33,8 +33,8 @@ def token_loss_backward(
     z_loss: float,
 ) -> StatsGradient:
     """Return the gradients of the statistics that :func:`token_loss` uses, picked of shape (N, 1)."""
-    logsumexp_gradient = token_weight * (1 + 2 * z_loss * logsumexp) if z_loss else token_weight
+    of_logsumexp = token_weight * (1 + 2 * z_loss * logsumexp) if z_loss else token_weight
     if label_smoothing is None:
-        return StatsGradient(logsumexp_gradient, -token_weight[:, None], None, None)
-    picked = token_weight * (label_smoothing - 1)
-    return StatsGradient(logsumexp_gradient, picked[:, None], -token_weight * label_smoothing, None)
+        return StatsGradient(of_logsumexp, -token_weight[:, None], None, None)
+    of_picked = token_weight * (label_smoothing - 1)
+    return StatsGradient(of_logsumexp, of_picked[:, None], -token_weight * label_smoothing, None)

@@ -2,11 +2,11 @@
 
 For tokens ``x (N, D)``, head ``W (V, D)`` and ``b (V,)``::
 
-    a = logit_scale * (x W^T + b)            z = softcap * tanh(a / softcap)     (z = a without softcap)
+    a = logit_scale * (x W^T + b)      t = tanh(a / softcap)      z = softcap * t      (z = a without softcap)
     p = softmax(z)
 
     dz_v = p_v * (g_lse + g_exp * (1 + z_v - expected)) + g_mean / V + sum_k g_picked,k [v = id_k]
-    da   = dz * (1 - (z / softcap)^2)
+    da   = dz * (1 - t^2)
     dx   = logit_scale * da W        dW = logit_scale * da^T x        db = logit_scale * sum_i da_i
 
 The scale comes after the bias because that is where every model that has one applies it: to what the
@@ -34,7 +34,7 @@ def linear_logit_stats(
     logit_scale: float,
 ) -> LogitStats:
     """Return the statistics of the logits, fields of shape (N,) and (N, K)."""
-    z = _logits(input, linear_weight, linear_bias, softcap, logit_scale)
+    z, _ = _logits(input, linear_weight, linear_bias, softcap, logit_scale)
     logsumexp = z.logsumexp(1)
     inside = (picks >= 0) & (picks < z.shape[1])
     picked = z.gather(1, picks.where(inside, 0)).masked_fill(~inside, 0)
@@ -60,7 +60,7 @@ def linear_logit_stats_backward(
     rows = Rows(keep)
     g = gradient.map(rows.take)
     x, ids = _wide(rows.take(input)), rows.take(picks)  # (n, D), (n, K)
-    z = _logits(x, linear_weight, linear_bias, softcap, logit_scale)  # (n, V)
+    z, slope = _logits(x, linear_weight, linear_bias, softcap, logit_scale)  # (n, V)
     p = (z - rows.take(logsumexp, fill=torch.inf)[:, None]).exp()
     dz = torch.zeros_like(z)
     if g.logsumexp is not None:
@@ -72,9 +72,7 @@ def linear_logit_stats_backward(
     if g.picked is not None:
         inside = (ids >= 0) & (ids < z.shape[1])
         dz.scatter_add_(1, ids.where(inside, 0), g.picked * inside)
-    if softcap is not None:
-        dz *= 1 - (z / softcap).square()
-    da = logit_scale * dz
+    da = logit_scale * slope * dz
     dx, dw, db = gradient_dtypes
     return (
         None if dx is None else rows.put(da @ _wide(linear_weight)).to(dx),
@@ -119,9 +117,13 @@ def _finite(z: Tensor) -> Tensor:
 
 def _logits(
     input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> Tensor:  # (N, V)
-    z = _wide(input) @ _wide(weight).T
+) -> tuple[Tensor, Tensor | float]:
+    """Return the logits z (N, V) and their derivative dz/da."""
+    a = _wide(input) @ _wide(weight).T
     if bias is not None:
-        z = z + _wide(bias)
-    z = z * logit_scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+        a = a + _wide(bias)
+    a = a * logit_scale
+    if softcap is None:
+        return a, 1.0
+    t = torch.tanh(a / softcap)
+    return softcap * t, 1 - t.square()

@@ -1,4 +1,4 @@
-"""Rows that don't count (ignored tokens, zero upstream gradient) must cost little and be inert, even if they hold NaN."""
+"""Rows that don't count (ignored, or without gradient) must cost little and be inert, even if they hold NaN."""
 
 from torch import Tensor
 

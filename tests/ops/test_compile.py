@@ -1,0 +1,108 @@
+"""Under torch.compile: one graph, no breaks, no recompilation for another number of tokens, also from cold."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import levelhead
+
+D, V = 8, 37
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def _step(function: Any, n: int, **options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    random = torch.Generator().manual_seed(n)
+    x = torch.randn(n, D, generator=random, requires_grad=True)
+    weight = torch.randn(V, D, generator=random, requires_grad=True)
+    target = torch.randint(0, V, (n,), generator=random)
+    loss = function(x, weight, target, **options)
+    return loss, list(torch.autograd.grad(loss.sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_for_every_number_of_tokens(backend: str, reduction: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(
+        levelhead.linear_cross_entropy, backend=counter, fullgraph=True, dynamic=True
+    )
+    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0}
+    compilations = []
+    for n in (7, 12, 30):
+        expected = _step(levelhead.linear_cross_entropy, n, **options)
+        torch.testing.assert_close(_step(compiled, n, **options), expected)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_smoothing_tensor_changes_without_recompilation() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(levelhead.linear_cross_entropy, backend=counter, fullgraph=True)
+    for eps in (0.0, 0.1, 0.25):
+        expected = _step(levelhead.linear_cross_entropy, 9, label_smoothing=eps)
+        actual = _step(compiled, 9, label_smoothing=torch.tensor(eps))
+        torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == 1
+
+
+def test_statistics_and_entropy_in_one_graph() -> None:
+    def entropy(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        stats = levelhead.linear_logit_stats(x, weight, target)
+        return stats.logsumexp - stats.expected
+
+    compiled = torch.compile(entropy, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(_step(compiled, 9), _step(entropy, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype: torch.dtype) -> None:
+    def loss(*args: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return levelhead.linear_cross_entropy(*args, label_smoothing=0.1)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(_step(compiled, 9), _step(loss, 9))
+
+
+_COLD = """
+import torch, levelhead
+import torch.nn.functional as F
+
+compiled = torch.compile(levelhead.linear_cross_entropy, fullgraph=True, dynamic=True)
+for n in (7, 12, 30):
+    x = torch.randn(2, n, 8, requires_grad=True)
+    weight = torch.randn(37, 8, requires_grad=True)
+    target = torch.randint(0, 37, (2, n))
+    loss = compiled(x, weight, target, label_smoothing=0.1)
+    dense = F.cross_entropy((x @ weight.T).flatten(0, 1), target.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, dense)
+    gradients = (torch.autograd.grad(value, (x, weight)) for value in (loss, dense))
+    torch.testing.assert_close(*gradients)
+counters = torch._dynamo.utils.counters
+print(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+"""
+
+
+@pytest.mark.slow
+def test_from_the_first_call_of_a_fresh_process(tmp_path: Any) -> None:
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", _COLD],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["1", "0"], run.stdout

@@ -1,0 +1,92 @@
+"""Budgets, not tolerances: an error against float64 of at most twice that of the dense path, plus one rounding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.problems import Problem, gradients
+from torch import Tensor
+
+N, D, V = 67, 96, 1003
+
+
+def _problem(dtype: torch.dtype, softcap: float | None, reduction: str, impl: str) -> Problem:
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, D, generator=random) for rows in (N, V))
+    bias = torch.randn(V, generator=random)
+    target = torch.randint(0, V, (N,), generator=random)
+    target[::5] = -100
+    problem = Problem(
+        x,
+        weight * 3 / D**0.5,
+        target,
+        linear_bias=bias,
+        label_smoothing=0.1,
+        softcap=softcap,
+        logit_scale=1.3,
+        reduction=reduction,
+        impl=impl,
+    )
+    return problem.to(dtype)
+
+
+def _within_budget(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -> None:
+    error = (actual.double() - truth).abs()
+    dense_error = (yardstick.double() - truth).abs().max().item()
+    rounding = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    budget = 2 * dense_error + rounding
+    worst = error.flatten().argmax()
+    assert error.max() <= budget, (
+        f"{name}: worst at {worst.item()}: got {actual.flatten()[worst].item():.9g}, "
+        f"truth {truth.flatten()[worst].item():.9g}; error {error.max().item():.3g} "
+        f"> budget {budget:.3g} = 2 x {dense_error:.3g} (dense, same dtype) + {rounding:.3g}"
+    )
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_and_gradients_within_budget(
+    dtype: torch.dtype, softcap: float | None, reduction: str, impl: str
+) -> None:
+    problem = _problem(dtype, softcap, reduction, impl)
+    exact = problem.to(torch.float64)
+    truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
+    assert actual.dtype == torch.float32
+    _within_budget("loss", actual, truth, yardstick)
+    found = zip(
+        ("input", "linear_weight", "linear_bias"),
+        gradients(actual, problem),
+        gradients(truth, exact),
+        gradients(yardstick, problem),
+        strict=True,
+    )
+    for name, got, true, dense in found:
+        assert got.dtype == dtype
+        _within_budget(name, got, true, dense)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_within_budget_and_the_weight_gradient_stays_wide(
+    dtype: torch.dtype, impl: str
+) -> None:
+    problem = _problem(torch.float32, None, "mean", impl)
+    exact = problem.to(torch.float64)
+    truth = exact.dense()
+    with torch.autocast("cpu", dtype=dtype):
+        yardstick, actual = problem.dense(), problem.fused()
+    _within_budget("loss", actual, truth, yardstick)
+    expected, dense = gradients(truth, exact), gradients(yardstick, problem)
+    for got, true, same in zip(gradients(actual, problem), expected, dense, strict=True):
+        assert got.dtype == torch.float32
+        _within_budget("gradient", got, true, same)
+
+
+def test_a_budget_can_fail() -> None:
+    problem = _problem(torch.bfloat16, None, "mean", "chunked")
+    truth = problem.to(torch.float64).dense()
+    wrong = replace(problem, label_smoothing=0.12).fused()
+    with pytest.raises(AssertionError, match=r"loss: worst at 0: got .* > budget"):
+        _within_budget("loss", wrong, truth, problem.dense())

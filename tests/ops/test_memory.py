@@ -1,0 +1,99 @@
+"""What may never exist: the logits, a second weight gradient, a gradient nobody asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from levelhead.ops import chunked
+from levelhead.ops.statistics import StatsGradient
+
+N, D, V = 640, 16, 5000
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers every storage that the operators inside allocate, by size in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._alive.append(tensor)  # or another storage could get its address
+                self.sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return result
+
+
+@contextmanager
+def _allocations(given: list[Tensor]) -> Iterator[list[int]]:
+    found: list[int] = []
+    with _Largest() as mode:
+        yield found
+    for tensor in given:
+        mode.sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    found.extend(sorted(mode.sizes.values(), reverse=True))
+
+
+def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(N, D).to(dtype), torch.randn(V, D).to(dtype), torch.randint(0, V, (N,))
+
+
+@pytest.fixture(autouse=True)
+def budget(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(chunked, "_BUDGET_SHARE", 0)
+    monkeypatch.setattr(chunked, "_BUDGET_FLOOR", 2**20)
+    return 2**20
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_loss_with_gradients(frozen: bool, softcap: float | None, budget: int) -> None:
+    x, weight, target = _tensors(torch.float32)
+    token_weight = torch.ones(N)
+    dtypes = (x.dtype, None if frozen else weight.dtype, None)
+    with _allocations([x, weight, target, token_weight]) as sizes:
+        chunked.linear_cross_entropy(
+            x, weight, target, None, token_weight, token_weight / 10, 0.0, softcap, 1.0, dtypes
+        )
+    weight_gradients = [size for size in sizes if size == V * D * 4]
+    assert len(weight_gradients) == (0 if frozen else 1)
+    others = [size for size in sizes if size != V * D * 4]
+    assert others[0] <= budget < N * V * 4
+    assert V * D * 4 != N * D * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_and_their_backward(dtype: torch.dtype, budget: int) -> None:
+    x, weight, target = _tensors(dtype)
+    with _allocations([x, weight, target]) as sizes:
+        stats = chunked.linear_logit_stats(x, weight, target[:, None], None, None, 1.0)
+    assert sizes[0] <= budget
+    ones = torch.ones(N)
+    gradient = StatsGradient(ones, -ones[:, None], None, None)
+    with _allocations([x, weight, target, ones, *stats]) as sizes:
+        chunked.linear_logit_stats_backward(
+            gradient, ones != 0, x, weight, target[:, None], None, stats.logsumexp,
+            stats.expected, None, 1.0, (dtype, dtype, None),
+        )  # fmt: skip
+    # A narrow weight gradient is rounded tile by tile: no float32 copy of it ever exists.
+    assert [size for size in sizes if size > budget] == []
+    assert V * D * 4 not in sizes or dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "megabytes"), [((32000, 512), 24), ((151936, 3584), 259), ((1, 1), 24)]
+)
+def test_the_budget_follows_from_the_size_of_the_weight(
+    shape: tuple[int, int], megabytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    weight = torch.empty(shape, dtype=torch.float32, device="meta")
+    assert chunked.buffer_budget(weight) // 2**20 == megabytes
