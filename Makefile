@@ -1,7 +1,7 @@
 # make demo | test | check | bench: each works on a fresh clone and keeps its environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers on two cores: one thread each, or they fight.
+# As many test workers as cores, of one thread each, or they fight.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test check bench clean
@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/levelhead demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[demo,accelerate]'
 	@touch $@
 
 clean:

@@ -4,23 +4,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from levelhead.ops import chunked, tile
 from tests.problems import Problem, gradients
 from torch import Tensor
 
 N, D, V = 67, 96, 1003
 
 
-def _problem(dtype: torch.dtype, softcap: float | None, reduction: str, impl: str) -> Problem:
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _problem(
+    dtype: torch.dtype, softcap: float | None, reduction: str, impl: str, device: str = "cpu"
+) -> Problem:
     random = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, D, generator=random) for rows in (N, V))
     bias = torch.randn(V, generator=random)
     target = torch.randint(0, V, (N,), generator=random)
     target[::5] = -100
     problem = Problem(
-        x,
-        weight * 3 / D**0.5,
-        target,
-        linear_bias=bias,
+        x.to(device),
+        weight.to(device) * 3 / D**0.5,
+        target.to(device),
+        linear_bias=bias.to(device),
         label_smoothing=0.1,
         softcap=softcap,
         logit_scale=1.3,
@@ -43,14 +49,15 @@ def _within_budget(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) 
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_loss_and_gradients_within_budget(
-    dtype: torch.dtype, softcap: float | None, reduction: str, impl: str
+    dtype: torch.dtype, softcap: float | None, reduction: str, impl: str, device: str
 ) -> None:
-    problem = _problem(dtype, softcap, reduction, impl)
+    problem = _problem(dtype, softcap, reduction, impl, device)
     exact = problem.to(torch.float64)
     truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
     assert actual.dtype == torch.float32
@@ -67,20 +74,44 @@ def test_loss_and_gradients_within_budget(
         _within_budget(name, got, true, dense)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_within_budget_and_the_weight_gradient_stays_wide(
-    dtype: torch.dtype, impl: str
+    dtype: torch.dtype, impl: str, device: str
 ) -> None:
-    problem = _problem(torch.float32, None, "mean", impl)
+    problem = _problem(torch.float32, None, "mean", impl, device)
     exact = problem.to(torch.float64)
     truth = exact.dense()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         yardstick, actual = problem.dense(), problem.fused()
     _within_budget("loss", actual, truth, yardstick)
     expected, dense = gradients(truth, exact), gradients(yardstick, problem)
     for got, true, same in zip(gradients(actual, problem), expected, dense, strict=True):
         assert got.dtype == torch.float32
+        _within_budget("gradient", got, true, same)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_operands_within_budget(
+    dtype: torch.dtype, softcap: float | None, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an accelerator does, narrow operands and a float32 result, with the product itself emulated."""
+
+    def addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 1) -> None:
+        assert a.dtype == b.dtype == dtype
+        torch.addmm(out, a.float(), b.float(), alpha=alpha, beta=beta, out=out)
+
+    monkeypatch.setattr(tile, "_addmm_", addmm)
+    monkeypatch.setattr(chunked, "_operand_dtype", lambda input: input.dtype)
+    problem = _problem(dtype, softcap, reduction, "chunked")
+    exact = problem.to(torch.float64)
+    truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
+    _within_budget("loss", actual, truth, yardstick)
+    expected, dense = gradients(truth, exact), gradients(yardstick, problem)
+    for got, true, same in zip(gradients(actual, problem), expected, dense, strict=True):
         _within_budget("gradient", got, true, same)
 
 

@@ -168,13 +168,17 @@ def _accumulator_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def _operand_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype to multiply in: only accelerators have a product of narrow operands with a wide result."""
+    return _accumulator_dtype(input) if input.device.type == "cpu" else input.dtype
+
+
 def _head_tiles(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, entries: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield the head in tiles of at most ``entries`` vocabulary entries, in the dtype to multiply in."""
-    on_cpu = input.device.type == "cpu"
-    operand = _accumulator_dtype(input) if on_cpu else input.dtype
-    if on_cpu and linear_weight.dtype != operand:
+    operand = _operand_dtype(input)
+    if operand.itemsize > linear_weight.itemsize:
         entries = min(entries, max(1, _CAST_BYTES // (linear_weight.shape[1] * operand.itemsize)))
     for columns in _slices(len(linear_weight), entries):
         yield columns, linear_weight[columns].to(operand), _at(linear_bias, columns)
