@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from levelhead.ops import chunked, tile
 from tests.problems import Problem, gradients
 from torch import Tensor
+
+from levelhead.ops import chunked, tile
 
 N, D, V = 67, 96, 1003
 
@@ -105,7 +106,7 @@ def test_narrow_operands_within_budget(
         torch.addmm(out, a.float(), b.float(), alpha=alpha, beta=beta, out=out)
 
     monkeypatch.setattr(tile, "_addmm_", addmm)
-    monkeypatch.setattr(chunked, "_operand_dtype", lambda input: input.dtype)
+    monkeypatch.setattr(chunked, "_operand_dtype", lambda x: x.dtype)
     problem = _problem(dtype, softcap, reduction, "chunked")
     exact = problem.to(torch.float64)
     truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()

@@ -21,7 +21,7 @@ def fill_(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """Make a tile of ``a = logit_scale * (x weight^T + bias)``."""
+    """Make a tile of the logits of ``x``."""
     x = x.to(weight.dtype)
     if bias is None:
         _addmm_(t, x, weight.T, beta=0, alpha=logit_scale)
@@ -31,7 +31,7 @@ def fill_(
 
 
 def exp(t: Tensor, cap: float, subtrahend: Tensor, out: Tensor) -> Tensor:
-    """Return exp(z - subtrahend), (T, S), for a subtrahend per token, (T,); ``out`` may be ``t``."""
+    """Make exponentials of z - subtrahend, (T, S); the subtrahend is (T,), ``out`` may be ``t``."""
     return torch.add(-subtrahend[:, None], t, alpha=cap, out=out).exp_()
 
 

@@ -1,0 +1,162 @@
+"""Times and peak memory of every method on every case, paired: `python -m benchmarks`.
+
+Correctness first: a method whose loss or gradients differ from the dense ones is a row without times. The methods
+take turns, so that a machine's bad minute hits all of them. Memory is the peak beyond inputs and gradients.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import levelhead
+from levelhead.cli import memory
+
+from .methods import METHODS, Loss
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: `mode` is "forward+backward", "frozen head" or "forward"."""
+
+    n: int = 2048
+    d: int = 512
+    v: int = 32000
+    eps: float = 0.1
+    mode: str = "forward+backward"
+    dtype: str = "float32"
+
+
+CASES = [
+    Case(),
+    Case(eps=0.0),
+    Case(mode="frozen head"),
+    Case(mode="forward"),
+]
+
+
+class Step:
+    """One loss, and its backward if the case has one, ready to be repeated."""
+
+    def __init__(self, case: Case, loss: Loss) -> None:
+        random = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+        backward = case.mode != "forward"
+        x = torch.randn(case.n, case.d, generator=random)
+        weight = torch.randn(case.v, case.d, generator=random) * 3 / case.d**0.5
+        self.x = x.to(dtype).requires_grad_(backward)
+        self.weight = weight.to(dtype).requires_grad_(case.mode == "forward+backward")
+        self.target = torch.randint(0, case.v, (case.n,), generator=random)
+        self.case, self.loss = case, loss
+
+    def __call__(self) -> Tensor:
+        """Run it; the gradients of the last run are gone first."""
+        self.x.grad = self.weight.grad = None
+        loss = self.loss(self.x, self.weight, self.target, self.case.eps)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of the last run."""
+        return [t.grad for t in (self.x, self.weight) if t.grad is not None]
+
+    def extra_memory(self) -> int:
+        """Return the peak of one run beyond what stood before it and the gradients it leaves, in bytes."""
+        before = memory.reset_peak(self.x.device)
+        self()
+        return memory.peak(self.x.device) - before - sum(g.nbytes for g in self.gradients())
+
+    def seconds(self) -> float:
+        """Return the wall time of one run."""
+        start = time.perf_counter()
+        self()
+        return time.perf_counter() - start
+
+
+def check(step: Step, truth: Step) -> str | None:
+    """Return why a method is not comparable, None if it is."""
+    try:
+        torch.testing.assert_close(step(), truth(), rtol=1e-5, atol=1e-6)
+        for got, want in zip(step.gradients(), truth.gradients(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """Return a row for every method."""
+    truth = Step(case, METHODS["F.cross_entropy"])
+    steps = {name: Step(case, loss) for name, loss in METHODS.items()}
+    failures = {name: check(step, truth) for name, step in steps.items()}
+    sound = {name: step for name, step in steps.items() if failures[name] is None}
+    times: dict[str, list[float]] = {name: [] for name in sound}
+    for _ in range(ROUNDS):
+        for name, step in sound.items():
+            times[name].append(step.seconds())
+    rows = []
+    for name in METHODS:
+        row: dict[str, Any] = {"method": name, **asdict(case)}
+        if name in sound:
+            low, middle, high = (1e3 * q for q in _quantiles(times[name]))
+            row |= {"ms_p20": low, "ms_p50": middle, "ms_p80": high}
+            row["extra_bytes"] = sound[name].extra_memory()
+        else:
+            row["failure"] = failures[name]
+        rows.append(row)
+    return rows
+
+
+def _quantiles(values: list[float]) -> tuple[float, float, float]:
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[1], statistics.median(values), deciles[7]
+
+
+def machine() -> dict[str, Any]:
+    """Return where and with what the rows were measured."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "device": "cpu",
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "levelhead": levelhead.__version__,
+        "commit": commit.stdout.strip(),
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main() -> None:
+    """Measure every case and write results/cpu.json."""
+    warnings.filterwarnings(
+        "ignore", message=".*options.* ignored.*"
+    )  # torch_chunked, with smoothing
+    if not memory.can_measure(torch.device("cpu")):
+        raise SystemExit("benchmarks need Linux with glibc: peak memory is read from /proc")
+    rows = [row for case in track(CASES, "measuring") for row in measure(case)]
+    path = RESULTS / "cpu.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print(f"{path}\nnow: python -m benchmarks.render")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Write the figures of the README from results/: `python -m benchmarks.render`; a test fails when they differ."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+Results = dict[str, Any]
+
+
+def render(readme: str) -> str:
+    """Return the README with each block between `<!-- name -->` and `<!-- /name -->` made anew."""
+    cpu, demo = (json.loads((RESULTS / name).read_text()) for name in ("cpu.json", "demo.json"))
+    blocks = {"headline": headline(cpu), "benchmark": benchmark(cpu), "demo": demonstration(demo)}
+    for name, text in blocks.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not block.search(readme):
+            raise ValueError(f"the README has no block {name!r}")
+        readme = block.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme)
+    return readme
+
+
+def headline(results: Results) -> str:
+    """Return the sentence with the number."""
+    dense, ours = (_row(results, method) for method in ("F.cross_entropy", "levelhead"))
+    return (
+        "**Label smoothing for language models without the logits in memory: "
+        f"{_mebibytes(ours)} MiB where PyTorch needs {_mebibytes(dense)}, "
+        f"in {ours['ms_p50'] / dense['ms_p50']:.2f} × its time.**"
+    )
+
+
+def benchmark(results: Results) -> str:
+    """Return the table of time and memory, a line a method and mode."""
+    lines = [
+        "| label smoothing 0.1 | time | against dense | memory beyond gradients |",
+        "|---|---:|---:|---:|",
+    ]
+    for mode in ("forward+backward", "frozen head", "forward"):
+        dense = _row(results, "F.cross_entropy", mode)
+        lines.append(f"| **{mode}** | | | |")
+        for row in results["rows"]:
+            if row["eps"] == dense["eps"] and row["mode"] == mode:
+                lines.append(_line(row, dense))
+    machine, free = results["machine"], _row(results, "levelhead", eps=0.0)
+    cost = _row(results, "levelhead")["ms_p50"] / free["ms_p50"] - 1
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"N = {dense['n']} tokens, D = {dense['d']}, V = {dense['v']}, {dense['dtype']}; "
+            f"{machine['cores']} CPU cores, torch {machine['torch']}, commit {machine['commit']}. "
+            f"Medians of paired runs; smoothing itself costs {cost:+.1%}. `make bench` measures anew "
+            "(`benchmarks/results/cpu.json`). On a GPU: not yet measured.",
+        ]
+    )
+
+
+def demonstration(results: Results) -> str:
+    """Return the demo's table: means over the seeds."""
+
+    def mean(kind: str, key: str) -> float:
+        return statistics.mean(seed[kind][key] for seed in results["seeds"])
+
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        ("accuracy", "accuracy", "{:.3f}".format),
+        ("mean confidence", "confidence", "{:.3f}".format),
+        ("ECE", "ece", "{:.3f}".format),
+        ("NLL", "nll", "{:.3f}".format),
+        ("time per step", "step_seconds", lambda seconds: f"{1e3 * seconds:.0f} ms"),
+    ]
+    smoothing, peak = results["settings"]["smoothing"], results["loss_peak_bytes"]
+    lines = [f"| held-out | hard targets | smoothing {smoothing:g} |", "|---|---:|---:|"]
+    for label, key, show in rows:
+        lines.append(f"| {label} | {show(mean('dense', key))} | {show(mean('fused', key))} |")
+    memory = (f"{peak[kind] / 2**20:.1f} MiB" for kind in ("dense", "fused"))
+    lines.append(f"| peak memory of the loss | {' | '.join(memory)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Means over {len(results['seeds'])} seeds, {results['wall_seconds']:.0f} s in all on "
+            f"{results['cpu_count']} CPU cores (`benchmarks/results/demo.json`).",
+        ]
+    )
+
+
+def _row(
+    results: Results, method: str, mode: str = "forward+backward", eps: float = 0.1
+) -> Results:
+    rows = (r for r in results["rows"] if (r["method"], r["mode"], r["eps"]) == (method, mode, eps))
+    row: Results = next(rows)
+    return row
+
+
+def _line(row: Results, dense: Results) -> str:
+    if "failure" in row:
+        return f"| {row['method']} | {row['failure']} | | |"
+    ratio = row["ms_p50"] / dense["ms_p50"]
+    return (
+        f"| {row['method']} | {row['ms_p50'] / 1e3:.2f} s | {ratio:.2f} × | {_mebibytes(row)} MiB |"
+    )
+
+
+def _mebibytes(row: Results) -> str:
+    return f"{max(0, row['extra_bytes']) / 2**20:.0f}"
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))
