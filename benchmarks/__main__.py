@@ -6,39 +6,27 @@ take turns, so that a machine's bad minute hits all of them. Memory is the peak 
 
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import time
 import warnings
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
 
 import levelhead
-from levelhead.cli import memory
 
-from .methods import METHODS, Loss
+from .methods import METHODS
+from .step import Case, Step, extra_bytes
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured: `mode` is "forward+backward", "frozen head" or "forward"."""
-
-    n: int = 2048
-    d: int = 512
-    v: int = 32000
-    eps: float = 0.1
-    mode: str = "forward+backward"
-    dtype: str = "float32"
 
 
 CASES = [
@@ -47,45 +35,6 @@ CASES = [
     Case(mode="frozen head"),
     Case(mode="forward"),
 ]
-
-
-class Step:
-    """One loss, and its backward if the case has one, ready to be repeated."""
-
-    def __init__(self, case: Case, loss: Loss) -> None:
-        random = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, case.dtype)
-        backward = case.mode != "forward"
-        x = torch.randn(case.n, case.d, generator=random)
-        weight = torch.randn(case.v, case.d, generator=random) * 3 / case.d**0.5
-        self.x = x.to(dtype).requires_grad_(backward)
-        self.weight = weight.to(dtype).requires_grad_(case.mode == "forward+backward")
-        self.target = torch.randint(0, case.v, (case.n,), generator=random)
-        self.case, self.loss = case, loss
-
-    def __call__(self) -> Tensor:
-        """Run it; the gradients of the last run are gone first."""
-        self.x.grad = self.weight.grad = None
-        loss = self.loss(self.x, self.weight, self.target, self.case.eps)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.detach()
-
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of the last run."""
-        return [t.grad for t in (self.x, self.weight) if t.grad is not None]
-
-    def extra_memory(self) -> int:
-        """Return the peak of one run beyond what stood before it and the gradients it leaves, in bytes."""
-        before = memory.reset_peak(self.x.device)
-        self()
-        return memory.peak(self.x.device) - before - sum(g.nbytes for g in self.gradients())
-
-    def seconds(self) -> float:
-        """Return the wall time of one run."""
-        start = time.perf_counter()
-        self()
-        return time.perf_counter() - start
 
 
 def check(step: Step, truth: Step) -> str | None:
@@ -115,7 +64,8 @@ def measure(case: Case) -> list[dict[str, Any]]:
         if name in sound:
             low, middle, high = (1e3 * q for q in _quantiles(times[name]))
             row |= {"ms_p20": low, "ms_p50": middle, "ms_p80": high}
-            row["extra_bytes"] = sound[name].extra_memory()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+                row["extra_bytes"] = child.submit(extra_bytes, case, name).result()
         else:
             row["failure"] = failures[name]
         rows.append(row)
@@ -150,8 +100,6 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", message=".*options.* ignored.*"
     )  # torch_chunked, with smoothing
-    if not memory.can_measure(torch.device("cpu")):
-        raise SystemExit("benchmarks need Linux with glibc: peak memory is read from /proc")
     rows = [row for case in track(CASES, "measuring") for row in measure(case)]
     path = RESULTS / "cpu.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from benchmarks import render
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +27,9 @@ def test_a_link_leads_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|benchmarks)/[^`\s*]+)`", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:tests|benchmarks)/[^`\s*]+)`", README)))
+)
 def test_a_file_it_names_is_there(path: str) -> None:
     assert (ROOT / path).exists()
 

@@ -30,11 +30,12 @@ from .rows import Rows
 from .statistics import LogitStats, StatsGradient, empty_set, merge
 
 # The memory budget for all buffers of logits: 1/8 of the weight, so that they never matter beside the weight and its
-# gradient, and 24 MiB for small heads, which still holds 196 tokens at V = 32000.
+# gradient, and 28 MiB for small heads: 229 tokens at V = 32000.
 _BUDGET_SHARE = 1 / 8
-_BUDGET_FLOOR = 24 * 2**20  # bytes
+_BUDGET_FLOOR = 28 * 2**20  # bytes
 _TILE_TOKENS = 512
 _CAST_BYTES = 8 * 2**20  # of a tile of the weight that a CPU casts before it multiplies
+_CACHE_BYTES = 4 * 2**20  # of a tile of the weight that a CPU keeps in cache
 
 
 def linear_logit_stats(
@@ -117,6 +118,8 @@ def linear_cross_entropy(
     dtype = _accumulator_dtype(input)
     buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
     tokens = _chunk_tokens(input, linear_weight, dtype, buffers=buffers)
+    # In parts that fit a CPU's cache the product of few tokens and many entries is a tenth faster.
+    entries = _rows_in(linear_weight, dtype, _CACHE_BYTES) if input.is_cpu else size
     buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
     dx = _zeros(input, gradient_dtypes[0], dtype)
     dw = _zeros(linear_weight, gradient_dtypes[1], dtype)
@@ -126,7 +129,7 @@ def linear_cross_entropy(
     for rows in _slices(len(input), tokens):
         x, ids, w, eps = input[rows], picks[rows], token_weight[rows], _at(smoothing, rows)
         t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
-        for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
+        for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
         picked, mean, logsumexp, total = tile.softmax(t, softcap or 1, ids, out=exps)
         losses.append(w * token_loss(logsumexp, picked[:, 0], mean, eps, z_loss))
@@ -179,9 +182,14 @@ def _head_tiles(
     """Yield the head in tiles of at most ``entries`` vocabulary entries, in the dtype to multiply in."""
     operand = _operand_dtype(input)
     if operand.itemsize > linear_weight.itemsize:
-        entries = min(entries, max(1, _CAST_BYTES // (linear_weight.shape[1] * operand.itemsize)))
+        entries = min(entries, _rows_in(linear_weight, operand, _CAST_BYTES))
     for columns in _slices(len(linear_weight), entries):
         yield columns, linear_weight[columns].to(operand), _at(linear_bias, columns)
+
+
+def _rows_in(weight: Tensor, dtype: torch.dtype, size: int) -> int:
+    """Return how many rows of the weight take ``size`` bytes as ``dtype``; at least 1."""
+    return max(1, size // (dtype.itemsize * max(weight.shape[1], 1)))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
