@@ -21,9 +21,8 @@ from .loss import token_loss_backward
 from .reference import GradientDtypes, Gradients
 from .statistics import LogitStats, StatsGradient
 
-_SCALED_ROWS = (
-    2048  # of a narrow gradient, widened at a time when it is multiplied by the upstream gradient
-)
+# Rows of a narrow gradient that are widened at a time, to be multiplied by the upstream gradient.
+_SCALED_ROWS = 2048
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
@@ -48,10 +47,7 @@ def linear_logit_stats(
 
 @linear_logit_stats.register_fake
 def _(
-    input: Tensor,
-    linear_weight: Tensor,
-    picks: Tensor,
-    *_: Any,
+    input: Tensor, linear_weight: Tensor, picks: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def token() -> Tensor:
         return input.new_empty(input.shape[0], dtype=statistics_dtype(input.dtype))
