@@ -19,6 +19,8 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+	$(BIN)/levelhead demo --output benchmarks/results/demo
+	$(BIN)/python -m benchmarks.render
 
 # torch goes first and alone: a machine whose pip offers a CPU build keeps it, because nothing later asks for another.
 .venv/ready: pyproject.toml constraints.txt

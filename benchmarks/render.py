@@ -14,7 +14,8 @@ Results = dict[str, Any]
 
 def render(readme: str) -> str:
     """Return the README with each block between `<!-- name -->` and `<!-- /name -->` made anew."""
-    cpu, demo = (json.loads((RESULTS / name).read_text()) for name in ("cpu.json", "demo.json"))
+    files = ("cpu.json", "demo/results.json")
+    cpu, demo = (json.loads((RESULTS / name).read_text()) for name in files)
     blocks = {"headline": headline(cpu), "benchmark": benchmark(cpu), "demo": demonstration(demo)}
     for name, text in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -84,7 +85,7 @@ def demonstration(results: Results) -> str:
             *lines,
             "",
             f"Means over {len(results['seeds'])} seeds, {results['wall_seconds']:.0f} s in all on "
-            f"{results['cpu_count']} CPU cores (`benchmarks/results/demo.json`).",
+            f"{results['cpu_count']} CPU cores (`benchmarks/results/demo/results.json`).",
         ]
     )
 

@@ -13,5 +13,5 @@ def small_tiles() -> Iterator[None]:
         patch.setattr(chunked, "_BUDGET_SHARE", 0)
         patch.setattr(chunked, "_BUDGET_FLOOR", 2 * 3 * 7 * 8)
         patch.setattr(chunked, "_TILE_TOKENS", 3)
-        patch.setattr(chunked, "_CAST_BYTES", 5 * 6 * 4)
+        patch.setattr(chunked, "_TILE_BYTES", 5 * 6 * 4)
         yield

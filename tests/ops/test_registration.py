@@ -148,3 +148,20 @@ def test_the_module_is_the_function_on_its_own_layer() -> None:
     )  # fmt: skip
     assert module(x, target, weight) == expected
     assert "label_smoothing=0.1" in repr(module)
+
+
+def test_inference_mode() -> None:
+    x, weight, _ = _tensors(torch.float64)
+    target = torch.randint(0, V, (N,))
+    expected = levelhead.linear_cross_entropy(x, weight, target).item()
+    with torch.inference_mode():
+        assert levelhead.linear_cross_entropy(x, weight, target).item() == pytest.approx(expected)
+
+
+def test_hidden_size_zero_and_vocabulary_of_one() -> None:
+    x, weight = torch.randn(3, 0, requires_grad=True), torch.randn(5, 0, requires_grad=True)
+    loss = levelhead.linear_cross_entropy(x, weight, torch.tensor([0, 1, 4]))
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())
+    one = torch.randn(1, D)
+    assert levelhead.linear_cross_entropy(torch.randn(3, D), one, torch.zeros(3).long()) == 0

@@ -35,8 +35,9 @@ from .statistics import LogitStats, StatsGradient, empty_set, merge
 _BUDGET_SHARE = 1 / 8
 _BUDGET_FLOOR = 63 * 2**19  # bytes
 _TILE_TOKENS = 512
-_CAST_BYTES = 8 * 2**20  # of a tile of the weight that a CPU casts before it multiplies
-_CACHE_BYTES = 4 * 2**20  # of a tile of the weight that a CPU keeps in cache
+_TILE_BYTES = (
+    8 * 2**20
+)  # of the weight that a CPU casts and multiplies at a time: it stays in cache
 
 
 def linear_logit_stats(
@@ -119,8 +120,6 @@ def linear_cross_entropy(
     dtype = _accumulator_dtype(input)
     buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
     tokens = _chunk_tokens(input, linear_weight, dtype, buffers=buffers)
-    # In parts that fit a CPU's cache the product of few tokens and many entries is a tenth faster.
-    entries = _rows_in(linear_weight, dtype, _CACHE_BYTES) if input.is_cpu else size
     buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
     dx = _zeros(input, gradient_dtypes[0], dtype)
     dw = _zeros(linear_weight, gradient_dtypes[1], dtype)
@@ -130,7 +129,7 @@ def linear_cross_entropy(
     for rows in _slices(len(input), tokens):
         x, ids, w, eps = input[rows], picks[rows], token_weight[rows], _at(smoothing, rows)
         t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
-        for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
+        for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
         picked, mean, logsumexp, total = tile.softmax(t, softcap or 1, ids, out=exps)
         losses.append(w * token_loss(logsumexp, picked[:, 0], mean, eps, z_loss))
@@ -182,15 +181,11 @@ def _head_tiles(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield the head in tiles of at most ``entries`` vocabulary entries, in the dtype to multiply in."""
     operand = _operand_dtype(input)
-    if operand.itemsize > linear_weight.itemsize:
-        entries = min(entries, _rows_in(linear_weight, operand, _CAST_BYTES))
+    if input.is_cpu:
+        row_bytes = operand.itemsize * max(linear_weight.shape[1], 1)
+        entries = min(entries, max(1, _TILE_BYTES // row_bytes))
     for columns in _slices(len(linear_weight), entries):
         yield columns, linear_weight[columns].to(operand), _at(linear_bias, columns)
-
-
-def _rows_in(weight: Tensor, dtype: torch.dtype, size: int) -> int:
-    """Return how many rows of the weight take ``size`` bytes as ``dtype``; at least 1."""
-    return max(1, size // (dtype.itemsize * max(weight.shape[1], 1)))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
