@@ -163,5 +163,9 @@ def test_hidden_size_zero_and_vocabulary_of_one() -> None:
     loss = levelhead.linear_cross_entropy(x, weight, torch.tensor([0, 1, 4]))
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(5.0).log())
+    none = torch.zeros(0, 4, 2).long()
+    assert levelhead.linear_logit_stats(
+        torch.randn(0, 4, D), weight.new_ones(5, D), none
+    ).mean.shape == (0, 4)
     one = torch.randn(1, D)
     assert levelhead.linear_cross_entropy(torch.randn(3, D), one, torch.zeros(3).long()) == 0

@@ -93,7 +93,7 @@ def linear_cross_entropy(
     if token_weight is not None:
         checks.check_token_weight(token_weight, target)
 
-    x, ids = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
+    x, ids = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     counts = ids != ignore_index
     weight = _token_weight(token_weight, ids, counts, linear_weight.shape[0], input.dtype)
     smoothing = _smoothing(label_smoothing, weight)
@@ -263,7 +263,9 @@ def linear_logit_stats(
     checks.check_ids("picks", picks, input, several=True)
     checks.check_options(softcap, logit_scale, impl)
     tokens = input.shape[:-1]
-    x, ids = input.reshape(-1, input.shape[-1]), picks.long().reshape(tokens.numel(), -1)
+    per_token = 1 if picks.shape == tokens else picks.shape[-1]
+    x = input.reshape(tokens.numel(), input.shape[-1])
+    ids = picks.long().reshape(tokens.numel(), per_token)
     stats = library.linear_logit_stats(
         x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl or "chunked"
     )

@@ -86,7 +86,7 @@ def linear_logit_stats_backward(
     t_buffer, p_buffer = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
     dx = _zeros(input, gradient_dtypes[0], dtype)
     dw = _zeros(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
-    db = _zeros(linear_weight[:, 0], gradient_dtypes[2], dtype)
+    db = _zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
         # A tile of dw has one owner: it accumulates here, over all tokens, and is rounded once.
         dw_tile = None if dw is None else dw[columns].to(dtype)
@@ -123,7 +123,7 @@ def linear_cross_entropy(
     buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
     dx = _zeros(input, gradient_dtypes[0], dtype)
     dw = _zeros(linear_weight, gradient_dtypes[1], dtype)
-    db = _zeros(linear_weight[:, 0], gradient_dtypes[2], dtype)
+    db = _zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     scale = _float16_scale(token_weight) if input.dtype == torch.float16 else None
     losses, logsumexps = [token_weight[:0]], [token_weight[:0]]
     for rows in _slices(len(input), tokens):
