@@ -38,6 +38,7 @@ def test_both_train_alike_but_for_the_smoothing():
     pair = train(smoothing=0.0)
     dense, fused = (pair[name].model.state_dict() for name in ("dense", "fused"))
     for name, weight in dense.items():
+        # Weights of order one: float32 roundings of the loss, through every step of the optimiser.
         torch.testing.assert_close(fused[name], weight, rtol=0, atol=1e-5)
 
 
@@ -76,6 +77,7 @@ def test_answers_equal_one_row_at_a_time():
     together = answer(model, ROWS, CPU)
     expected = [_answer_alone(model, row) for row in ROWS]  # of (n, 3)
     confidence, correct, nll = torch.cat(expected).unbind(1)
+    # A float32 model sums a batch in another order than a row: some dozens of roundings.
     torch.testing.assert_close(together.confidence, confidence, rtol=1e-5, atol=0)
     torch.testing.assert_close(together.nll, nll, rtol=1e-5, atol=0)
     assert together.correct.tolist() == correct.bool().tolist()

@@ -14,8 +14,6 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-# Inductor imports torch's own TorchScript modules.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )

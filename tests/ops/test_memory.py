@@ -67,7 +67,6 @@ def test_loss_with_gradients(frozen: bool, softcap: float | None, budget: int) -
     assert len(weight_gradients) == (0 if frozen else 1)
     others = [size for size in sizes if size != V * D * 4]
     assert others[0] <= budget < N * V * 4
-    assert V * D * 4 != N * D * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

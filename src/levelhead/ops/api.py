@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import checks, library
 from .loss import token_loss
-from .statistics import LogitStats
+from .statistics import LogitStats, statistics_dtype
 
 Impl = Literal["reference", "chunked"]
 Reduction = Literal["mean", "sum", "none"]
@@ -297,7 +297,7 @@ def _token_weight(
     token_weight: Tensor | None, ids: Tensor, counts: Tensor, vocabulary: int, dtype: torch.dtype
 ) -> Tensor:
     """Return each token's weight (N,): 0 where ignored, NaN where the target is not an id at all."""
-    dtype = library.statistics_dtype(dtype)
+    dtype = statistics_dtype(dtype)
     weight = counts.to(dtype)
     if token_weight is not None:
         weight = token_weight.reshape(-1).to(dtype).where(counts, 0)

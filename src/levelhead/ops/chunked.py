@@ -25,9 +25,16 @@ from torch import Tensor
 
 from . import tile
 from .loss import token_loss, token_loss_backward
-from .reference import GradientDtypes, Gradients
 from .rows import Rows
-from .statistics import LogitStats, StatsGradient, empty_set, merge
+from .statistics import (
+    GradientDtypes,
+    Gradients,
+    LogitStats,
+    StatsGradient,
+    empty_set,
+    merge,
+    statistics_dtype,
+)
 
 # The memory budget for all buffers of logits: 1/8 of the weight, so that they never matter beside the weight and its
 # gradient. For a small head 31.5 MiB, 258 tokens at V = 32000: fewer would be slower, since every chunk reads the
@@ -49,7 +56,7 @@ def linear_logit_stats(
     logit_scale: float,
 ) -> LogitStats:
     """Return the statistics of the logits, fields of shape (N,) and (N, K)."""
-    dtype = _accumulator_dtype(input)
+    dtype = statistics_dtype(input.dtype)
     tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=2)
     t_buffer, scratch = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
     parts = []
@@ -80,7 +87,7 @@ def linear_logit_stats_backward(
     kept, size = Rows(keep), len(linear_weight)
     input, picks, gradient = kept.take(input), kept.take(picks), gradient.map(kept.take)
     logsumexp, expected = kept.take(logsumexp, fill=torch.inf), kept.take(expected)
-    dtype = _accumulator_dtype(input)
+    dtype = statistics_dtype(input.dtype)
     buffers = 2 if gradient.expected is None else 3
     tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=buffers)
     t_buffer, p_buffer = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
@@ -117,7 +124,7 @@ def linear_cross_entropy(
     kept, size = Rows(token_weight != 0), len(linear_weight)
     input, picks, token_weight = (kept.take(t) for t in (input, target[:, None], token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing)
-    dtype = _accumulator_dtype(input)
+    dtype = statistics_dtype(input.dtype)
     buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
     tokens = _chunk_tokens(input, linear_weight, dtype, buffers=buffers)
     buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
@@ -167,13 +174,9 @@ def _chunk_tokens(input: Tensor, linear_weight: Tensor, dtype: torch.dtype, *, b
     return min(max(tokens, 1), max(len(input), 1))
 
 
-def _accumulator_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def _operand_dtype(input: Tensor) -> torch.dtype:
     """Return the dtype to multiply in: only accelerators have a product of narrow operands with a wide result."""
-    return _accumulator_dtype(input) if input.device.type == "cpu" else input.dtype
+    return statistics_dtype(input.dtype) if input.device.type == "cpu" else input.dtype
 
 
 def _head_tiles(

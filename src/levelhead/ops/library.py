@@ -18,8 +18,7 @@ from torch import Tensor
 
 from . import chunked, flops, reference
 from .loss import token_loss_backward
-from .reference import GradientDtypes, Gradients
-from .statistics import LogitStats, StatsGradient
+from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
 # Rows of a narrow gradient that are widened at a time, to be multiplied by the upstream gradient.
 _SCALED_ROWS = 2048
@@ -229,11 +228,6 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 # Shapes and dtypes.
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of statistics and losses for an input's dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _gradient_dtypes(

@@ -18,11 +18,7 @@ from torch import Tensor
 
 from .loss import token_loss, token_loss_backward
 from .rows import Rows
-from .statistics import LogitStats, StatsGradient
-
-# Of input, linear_weight and linear_bias: the dtype to round to (None: not needed), and the gradient.
-GradientDtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
 
 def linear_logit_stats(
@@ -107,7 +103,7 @@ def linear_cross_entropy(
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(statistics_dtype(tensor.dtype))
 
 
 def _finite(z: Tensor) -> Tensor:

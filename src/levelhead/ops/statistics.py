@@ -6,6 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Of input, linear_weight and linear_bias: the dtype to round to (None: not needed), and the gradient.
+GradientDtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics, losses and accumulators for an input's dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 class LogitStats(NamedTuple):
     """Per-token statistics of the logits ``z`` (tokens x vocabulary), in nats.
