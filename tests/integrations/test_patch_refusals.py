@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.integrations.tiny_models import SIZES, batch, tiny, transformers
+from tests.integrations.tiny_models import batch, tiny, transformers
 from torch import nn
 
 from levelhead.integrations import patch_model
 
 
 class _Scaled(nn.Linear):
-    pass
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
 
 
 def _quantised():
@@ -21,8 +22,28 @@ def _quantised():
     return model
 
 
-def _wrapped():
-    return torch.compile(tiny(), backend="eager")
+def _integer_weight():
+    model = tiny()
+    model.lm_head.weight = nn.Parameter(torch.ones(67, 16, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+class _WeightOfItsOwn(torch.Tensor):
+    """Stands for the tensor subclasses that quantisation puts into a plain Linear."""
+
+
+def _weight_subclass():
+    model = tiny()
+    weight = model.lm_head.weight.detach().as_subclass(_WeightOfItsOwn)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def _outer_without_head():
+    """A model whose language model is inside, and whose loss is its own."""
+    model = tiny().model
+    model.language_model = tiny()
+    return model
 
 
 def _head_hook():
@@ -37,18 +58,20 @@ def _model_hook():
     return model
 
 
-def _bert():
-    return transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True))
-
-
-def _bart():
+def _bart(change):
+    """BART, which computes its loss by itself, with another loss."""
     sizes = {"vocab_size": 67, "d_model": 16, "decoder_ffn_dim": 24, "decoder_layers": 1}
     heads = {"decoder_attention_heads": 2, "pad_token_id": 0, "is_encoder_decoder": False}
-    return transformers.BartForCausalLM(transformers.BartConfig(**sizes, **heads))
+    model = transformers.BartForCausalLM(transformers.BartConfig(**sizes, **heads))
+    original = type(model)
 
+    def forward(self, **inputs):
+        output = original.forward(self, **inputs)
+        output.loss = change(output.loss)
+        return output
 
-def _masked_lm():
-    return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**SIZES))
+    model.__class__ = type("OtherForCausalLM", (original,), {"forward": forward})
+    return model
 
 
 def _own_loss():
@@ -70,20 +93,16 @@ def _no_normaliser():
 @pytest.mark.parametrize(
     ("build", "reason", "remedy"),
     [
-        (lambda: nn.Linear(3, 4), "has no output embeddings", "Hugging Face causal language model"),
-        (lambda: tiny().model, "LlamaModel: it has no output embeddings", "causal language model"),
+        (lambda: nn.Linear(3, 4), "has no loss_function", "Pass a Hugging Face language model"),
+        (lambda: tiny().model, "LlamaModel: it has no output embeddings", "owns the head"),
+        (_outer_without_head, "LlamaModel: it has no output embeddings", "owns the head"),
         (_quantised, "its head lm_head is a _Scaled, not a plain", "out of quantisation"),
-        (_wrapped, "its head _orig_mod.lm_head is not a direct child", "before wrapping"),
-        (
-            lambda: torch.compile(patch_model(tiny())),
-            "its head _orig_mod.lm_head is not a direct child",
-            "before wrapping",
-        ),
-        (_bert, "its head cls.predictions.decoder is not a direct child", "Patch the module that"),
-        (_head_hook, "the lm_head forward was replaced on the instance", "accelerate.prepare"),
-        (_model_hook, "its forward was replaced on the instance", "accelerate.prepare"),
-        (_bart, "its loss does not go through loss_function", "to self.loss_function"),
-        (_masked_lm, "where the cross-entropy is", "train it without the patch"),
+        (_integer_weight, "is a Parameter of torch.int8, not plain floating", "modules_to_not"),
+        (_weight_subclass, "is a _WeightOfItsOwn of torch.float64", "out of quantisation"),
+        (_head_hook, "the lm_head forward was replaced on the instance", "Patch before"),
+        (_model_hook, "the LlamaForCausalLM forward was replaced on the instance", "accelerate"),
+        (lambda: _bart(lambda loss: 0.9 * loss), "where the cross-entropy is", "without the patch"),
+        (lambda: _bart(lambda _: None), "its output has no loss", "without the patch"),
         (_own_loss, "where the cross-entropy is", "train it without the patch"),
         (_no_normaliser, "where the cross-entropy is", "train it without the patch"),
     ],

@@ -16,17 +16,23 @@ def test_eval_with_labels(family):
     assert torch.equal(got.loss, want.loss)
 
 
-def test_a_training_call_without_labels():
+def test_a_training_call_without_labels_but_with_one_warning():
     plain, patched, inputs = tiny(), patch_model(tiny()), {"input_ids": batch()["input_ids"]}
-    got = patched(**inputs)
+    with pytest.warns(UserWarning, match="label_smoothing_factor.* leave those out") as warned:
+        got, _ = patched(**inputs), patched(**inputs)
+    assert len(warned) == 1
     assert torch.equal(got.logits, plain(**inputs).logits)
     assert got.loss is None
 
 
-@pytest.mark.parametrize("wish", [{"skip_logits": False}, {"logits_to_keep": LENGTH}])
-def test_a_training_call_that_wants_logits(wish):
+def test_a_training_call_without_labels_or_gradients_does_not_warn():
+    with torch.no_grad():
+        assert patch_model(tiny())(batch()["input_ids"]).loss is None
+
+
+def test_a_training_call_for_some_positions():
     plain, patched = tiny(), patch_model(tiny())
-    want, got = plain(**batch()), patched(**batch(), **wish)
+    want, got = plain(**batch()), patched(**batch(), logits_to_keep=LENGTH)
     assert torch.equal(got.logits, want.logits)
     assert torch.equal(got.loss, want.loss)
 

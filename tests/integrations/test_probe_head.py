@@ -174,13 +174,14 @@ def test_a_loss_over_another_vocabulary_size_is_refused():
 
 
 @pytest.mark.parametrize(
-    "option", [{"shift_labels": True}, {"ignore_index": 0}, {"ignore_index": -1}]
+    "option",
+    [{"shift_labels": torch.zeros(2, 3).long()}, {"ignore_index": 0}, {"ignore_index": -1}],
 )
 def test_a_model_that_tells_its_loss_how_to_count_is_refused(option):
     class Other(_LlamaWith):
         def forward(self, input_ids=None, labels=None, **_):
-            own = {"shift_labels": labels} if "shift_labels" in option else option
-            return self.loss_function(self.lm_head(self.model(input_ids)[0]), labels, 67, **own)
+            hidden = self.model(input_ids)[0]
+            return self.loss_function(self.lm_head(hidden), labels, 67, **option)
 
     model = tiny()
     model.__class__ = Other

@@ -1,16 +1,18 @@
 """What a model does between its output head and its loss, found by running it.
 
-Causal language models scale (Cohere, Granite), cap (Gemma) or cut (padded vocabularies) the output
-of their head before the loss, each under config fields of its own. A table of those fields is wrong
-the day a model is added, and wrong in silence. So the model's own forward runs once with every
-child replaced by a stub: the backbone answers zeros, the head answers known numbers, and what
+Language models scale (Cohere, Granite), cap (Gemma) or cut (padded vocabularies) the output of
+their head before the loss, each under config fields of its own; some shift the labels, some do not,
+and some compute their loss by themselves. A table of all that is wrong the day a model is added,
+and wrong in silence. So the model's own forward runs with every module replaced by a stub, except
+those that hold the head: the backbone answers zeros, the head answers known numbers, and what
 arrives at the loss tells the rest. No weight is touched (a model on the meta device will do), and
-whatever is not a scale, a cap and a cut is refused.
+whatever is not a scale, a cap and a cut before a cross-entropy is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +23,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """The logits of the loss as a function of the head's output z: `cap(logit_scale * z)`, cut.
+    """The loss as a function of the head's output z: of the logits `cap(logit_scale * z)`, cut.
 
     Attributes:
         logit_scale: factor on the output of the head, its bias included.
         softcap: c of `cap(x) = c * tanh(x / c)`; None: no cap.
         vocab_size: how many leading vocabulary entries reach the loss; None: all of them.
+        shift: whether the label of a position is the target of the one before it, as in causal
+            models; False: its own, as in those with an encoder.
+        own_loss: whether the model computes its loss itself, not through `loss_function`.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
+    shift: bool = True
+    own_loss: bool = False
 
     def __call__(self, z: Tensor) -> Tensor:
         """Logits of the loss, (..., vocab_size), for the output of the head, (..., V)."""
@@ -44,42 +51,46 @@ def refusal(model: nn.Module, reason: str, remedy: str) -> ValueError:
     return ValueError(f"patch_model cannot serve {type(model).__name__}: {reason}. {remedy}.")
 
 
-def output_head(model: nn.Module) -> nn.Linear:
-    """The output head of `model`, if the loss can be taken inside its forward.
+def language_model(model: nn.Module) -> nn.Module:
+    """The module that returns the loss: `model` itself, or the one that its wrappers hold.
 
     Raises:
-        ValueError: there is no head, or a call of it is not just `torch.nn.Linear.forward`.
+        ValueError: there is none that has an output head.
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    if not isinstance(head, nn.Module):
-        raise refusal(
-            model,
-            "it has no output embeddings",
-            "Pass a Hugging Face causal language model, before wrapping it for parallel training",
-        )
-    path = next((name for name, module in model.named_modules() if module is head), "?")
-    if path not in model._modules:
-        raise refusal(
-            model,
-            f"its head {path} is not a direct child",
-            "Patch the module that owns the head and returns the loss, before wrapping it",
-        )
-    if type(head) is not nn.Linear:
-        raise refusal(
-            model,
-            f"its head {path} is a {type(head).__name__}, not a plain torch.nn.Linear",
-            "Keep the head out of quantisation and adapters, for example through "
-            "llm_int8_skip_modules or target_modules",
-        )
-    for name, module in (("its", model), (f"the {path}", head)):
+    # Looked up on the class: wrappers forward what an instance is asked for. The first one counts:
+    # the language model within a larger model does not make the loss of that.
+    for module in model.modules():
+        if isinstance(getattr(type(module), "loss_function", None), property):
+            model = module
+            break
+    else:
+        raise refusal(model, "it has no loss_function", "Pass a Hugging Face language model")
+    if _embeddings(model) is None:
+        remedy = "Pass the Hugging Face language model that owns the head and returns the loss"
+        raise refusal(model, "it has no output embeddings", remedy)
+    return model
+
+
+def output_heads(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that act as output head of `model`: one, or one for each of its copies.
+
+    Raises:
+        ValueError: the loss cannot be taken inside a call of the head, because that is not just
+            `torch.nn.Linear.forward` on a floating-point weight.
+    """
+    path = _path_of_head(model)
+    heads = [_checked(model, head, path) for head in _inner_heads(model.get_submodule(path))]
+    owners = [".".join(path.split(".")[:depth]) for depth in range(path.count(".") + 1)]
+    for module in (*(model.get_submodule(owner) for owner in owners), *heads):
         if "forward" in vars(module):
+            name = f"the {path}" if module in heads else f"the {type(module).__name__}"
             raise refusal(
                 model,
                 f"{name} forward was replaced on the instance",
-                "Patch before accelerate.prepare, offloading or tensor parallelism",
+                "Patch before offloading, dispatching and other patches; one that accelerate has "
+                "prepared can be patched by levelhead.integrations.accelerate",
             )
-    return head
+    return heads
 
 
 def probe_head(model: nn.Module) -> HeadTransform:
@@ -89,20 +100,89 @@ def probe_head(model: nn.Module) -> HeadTransform:
     as precise as the model's own arithmetic elsewhere.
 
     Args:
-        model: a causal language model; its weights are neither read nor written.
+        model: a language model; its weights are neither read nor written.
 
     Raises:
-        ValueError: `output_head` refuses the model, its loss is not the cross-entropy of the next
+        ValueError: `output_heads` refuses the model, its loss is not the cross-entropy of its
             tokens, or the logits of that loss are not `HeadTransform(...)(head(hidden))`.
     """
-    head = output_head(model)
+    (head, *_), path = output_heads(model), _path_of_head(model)
     with torch.device("cpu"), torch.enable_grad():
         labels = torch.tensor([[1, -100, 0], [0, 1, -100]])
         z = _head_outputs(*labels.shape, head.out_features)
-        call = _call_of_loss(model, head, z, labels)
-        _check_loss_function(model, call, labels)
+        hidden = torch.zeros(*labels.shape, head.in_features, dtype=z.dtype).as_subclass(_Hidden)
+        call = _call_of_loss(model, path, z, hidden, labels)
+        if call.labels is None:
+            small = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+            shift = _check_own_loss(
+                model, _call_of_loss(model, path, small, hidden, labels), labels
+            )
+        else:
+            shift = _check_loss_function(model, call, labels)
         _check_logits(model, call, z)
-        return _explain(model, call.logits, z)
+        scale, softcap, vocab_size = _explain(model, call.logits, z)
+    return HeadTransform(scale, softcap, vocab_size, shift, own_loss=call.labels is None)
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    """The output head of `model` as it names it."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _path_of_head(model: nn.Module) -> str:
+    head = _embeddings(model)
+    paths: list[str] = [name for name, module in model.named_modules() if module is head]
+    if not paths:
+        raise refusal(
+            model,
+            "its output embeddings are not among its modules",
+            "Train this model without the patch",
+        )
+    return paths[0]
+
+
+def _inner_heads(head: nn.Module) -> Iterator[nn.Module]:
+    """The layers inside what compilers, FSDP and PEFT's modules_to_save wrap around a head."""
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
+        if wrapper in head._modules:
+            head = head._modules[wrapper] or head
+    copies = head._modules.get("modules_to_save")
+    if isinstance(copies, nn.ModuleDict):
+        for copy in (head.get_submodule("original_module"), *copies.values()):
+            yield from _inner_heads(copy)
+    else:
+        yield head
+
+
+def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
+    """The head as the linear layer that it is, or else a refusal."""
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        raise refusal(
+            model,
+            f"its head {path} is a {type(head).__name__}, not a plain torch.nn.Linear",
+            "Keep the head out of quantisation and adapters, for example through "
+            "llm_int8_skip_modules or target_modules; to train it beside an adapter, list it in "
+            "modules_to_save",
+        )
+    weight = head.weight
+    plain = type(weight) in (Tensor, nn.Parameter) or _is_dtensor(weight)
+    if not plain or not weight.is_floating_point():
+        raise refusal(
+            model,
+            f"the weight of its head {path} is a {type(weight).__name__} of {weight.dtype}, not "
+            "plain floating-point numbers",
+            "Keep the head out of quantisation, for example through modules_to_not_convert",
+        )
+    linear: nn.Linear = head
+    return linear
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    # Imported only where it has been already, or no weight could be one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(weight, module.DTensor)
 
 
 def _head_outputs(*shape: int) -> Tensor:
@@ -118,47 +198,53 @@ def _head_outputs(*shape: int) -> Tensor:
 
 @dataclass
 class _LossCall(Exception):  # noqa: N818 (no error: the probe got what it wanted)
-    """The arguments a forward gives to its loss function."""
+    """The arguments a forward gives to its loss function, or what it returns without calling one."""
 
     logits: Any
-    labels: Any
-    vocab_size: Any
-    options: dict[str, Any]
+    labels: Any = None
+    vocab_size: Any = None
+    options: Any = None
+    loss: Any = None
 
 
-class _Stub:
-    """Answers a call with `answer()`, and all else like the module it stands for."""
+class _Hidden(Tensor):
+    """Hidden states, and an answer to whatever else a model asks of what its modules return.
 
-    def __init__(self, module: nn.Module, answer: Callable[[], Any]) -> None:
-        self._module = module
-        self._answer = answer
+    A backbone's output gives its hidden states by name and as item 0; all that is optional in it is
+    None. A part of the head gets the tensor itself.
+    """
 
-    def __call__(self, *_args: object, **_kwargs: object) -> Any:
-        return self._answer()
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return _Stub(value, self._answer) if isinstance(value, nn.Module) else value
-
-
-class _BackboneOutput:
-    """Stands for the output class of every backbone: hidden states, and None for all else."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return self
-        return self.last_hidden_state if index == 0 else None
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):  # copy and its like must not take None for a method
             raise AttributeError(name)
 
 
-def _call_of_loss(model: nn.Module, head: nn.Linear, z: Tensor, labels: Tensor) -> _LossCall:
-    """The call that the forward of `model` makes to its loss function when its head answers z."""
+class _Stub:
+    """Answers every call with `answer`, and all else like the module it stands for."""
+
+    def __init__(self, module: nn.Module, answer: Tensor) -> None:
+        self._module = module
+        self._answer = answer
+
+    def __call__(self, *_args: object, **_kwargs: object) -> Any:
+        return self._answer.clone()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return _Stub(value, self._answer) if isinstance(value, nn.Module) else value
+
+
+def _call_of_loss(
+    model: nn.Module, path: str, z: Tensor, hidden: Tensor, labels: Tensor
+) -> _LossCall:
+    """What the forward of `model` makes of z, the output of its head, on the way to its loss."""
 
     def stop(
         logits: Any = None, labels: Any = None, vocab_size: Any = None, **options: Any
@@ -166,58 +252,96 @@ def _call_of_loss(model: nn.Module, head: nn.Linear, z: Tensor, labels: Tensor) 
         raise _LossCall(logits, labels, vocab_size, options)
 
     remedy = "Its forward must give the logits of all tokens and the labels to self.loss_function"
-    unused = refusal(model, "its loss does not go through loss_function", remedy)
-    if not isinstance(getattr(type(model), "loss_function", None), property):
-        raise unused
-    shell = _hollow(model, head, z)
+    shell = _hollow(model, path.split("."), z, hidden)
     shell.loss_function = stop
     padding = torch.tensor([[1, 1, 1], [0, 1, 1]])  # must not change what the loss sees
     try:
-        shell.forward(
+        output = shell.forward(
             input_ids=torch.zeros_like(labels), attention_mask=padding, labels=labels.clone()
         )
+        return _LossCall(output.logits, loss=output.loss)
     except _LossCall as call:
         return call
     except Exception as error:
         reason = f"its forward failed on a probe ({type(error).__name__}: {error})"
         raise refusal(model, reason, remedy) from error
-    raise unused
 
 
-def _hollow(model: nn.Module, head: nn.Linear, z: Tensor) -> Any:
-    """`model` in training mode with stubs for children; all else it shares with the original."""
-    hidden = torch.zeros(*z.shape[:-1], head.in_features, dtype=z.dtype)
-
-    def stub(child: nn.Module | None) -> _Stub | None:
+def _hollow(module: nn.Module, path: list[str], z: Tensor, hidden: Tensor) -> Any:
+    """`module` in training mode with stubs for all below it but those on the path to the head."""
+    children: dict[str, Any] = {}
+    for name, child in module._modules.items():
         if child is None:
-            return None
-        return _Stub(child, z.clone if child is head else lambda: _BackboneOutput(hidden))
-
-    shell = object.__new__(type(model))
-    stubs = {name: stub(child) for name, child in model._modules.items()}
-    vars(shell).update(vars(model), _modules=stubs, training=True)
+            children[name] = None
+        elif name != path[0]:
+            children[name] = _Stub(child, hidden)
+        elif len(path) == 1:
+            children[name] = _Stub(child, z)
+        else:
+            children[name] = _hollow(child, path[1:], z, hidden)
+    shell = object.__new__(type(module))
+    hooks: dict[str, Any] = {name: {} for name in vars(module) if name.endswith("_hooks")}
+    vars(shell).update(vars(module), **hooks, _modules=children, training=True)
     return shell
 
 
-def _check_loss_function(model: Any, call: _LossCall, labels: Tensor) -> None:
-    """Refuse a model whose loss, as it calls it, is not the cross-entropy of the next tokens."""
+def _check_loss_function(model: Any, call: _LossCall, labels: Tensor) -> bool:
+    """Whether the `loss_function` of a model, as it calls it, shifts the labels.
+
+    Refuses a model whose loss is not the cross-entropy of its tokens.
+    """
     remedy = "patch_model would replace its loss by one that differs; train it without the patch"
     if not isinstance(call.labels, Tensor) or not torch.equal(call.labels.cpu(), labels):
         raise refusal(model, "the labels do not reach its loss_function unchanged", remedy)
     logits = torch.randn(*labels.shape, 5, generator=torch.Generator().manual_seed(0))
-    target = labels[:, 1:].flatten()
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, reduction="sum")
-    for num_items, want in ((None, total / (target != -100).sum()), (4, total / 4)):
+
+    def loss(num_items: int | None) -> Tensor:
         options = call.options | {"num_items_in_batch": num_items}
         try:
-            loss = model.loss_function(logits=logits, labels=labels, vocab_size=5, **options)
-            same = torch.allclose(loss, want)
+            got = model.loss_function(logits=logits, labels=labels, vocab_size=5, **options)
+            return torch.as_tensor(got)
         except Exception as error:
             reason = f"its loss_function failed on a probe ({type(error).__name__}: {error})"
             raise refusal(model, reason, remedy) from error
-        if not same:
-            reason = f"its loss_function gives {loss:.6g} where the cross-entropy is {want:.6g}"
-            raise refusal(model, reason, remedy)
+
+    shift = _shifts(model, loss(None), logits, labels)
+    want = _cross_entropy(logits, labels, shift, reduction="sum") / 4
+    if not torch.allclose(loss(4), want):
+        reason = f"its loss_function gives {loss(4):.6g} for 4 items where the cross-entropy is {want:.6g}"
+        raise refusal(model, reason, remedy)
+    return shift
+
+
+def _check_own_loss(model: Any, call: _LossCall, labels: Tensor) -> bool:
+    """Whether a model that computes its loss itself shifts the labels; refuses what is no cross-entropy."""
+    remedy = "Train this model without the patch"
+    if not isinstance(call.loss, Tensor) or not isinstance(call.logits, Tensor):
+        reason = "its loss does not go through loss_function, and its output has no loss and logits"
+        raise refusal(model, reason, remedy)
+    seq2seq = getattr(model.config, "is_encoder_decoder", False)
+    if seq2seq and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        reason = "it makes decoder inputs of its labels, but has no prepare_decoder_input_ids_from_labels"
+        raise refusal(model, reason, remedy)
+    return _shifts(model, call.loss, call.logits, labels)
+
+
+def _shifts(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
+    wants = [_cross_entropy(logits, labels, shift, "mean").item() for shift in (True, False)]
+    for shift, want in zip((True, False), wants, strict=True):
+        if torch.allclose(loss.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5):
+            return shift
+    reason = (
+        f"its loss is {loss:.6g} where the cross-entropy is {wants[0]:.6g} (with shifted labels) "
+        f"or {wants[1]:.6g}"
+    )
+    remedy = "patch_model would replace its loss by one that differs; train it without the patch"
+    raise refusal(model, reason, remedy)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, shift: bool, reduction: str) -> Tensor:
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
 
 
 def _check_logits(model: nn.Module, call: _LossCall, z: Tensor) -> None:
@@ -240,8 +364,8 @@ def _check_logits(model: nn.Module, call: _LossCall, z: Tensor) -> None:
         raise refusal(model, "a trainable parameter acts between its head and its loss", remedy)
 
 
-def _explain(model: nn.Module, logits: Tensor, z: Tensor) -> HeadTransform:
-    """The transform that maps z to `logits`, up to the rounding of their type."""
+def _explain(model: nn.Module, logits: Tensor, z: Tensor) -> tuple[float, float | None, int | None]:
+    """Scale, softcap and cut that map z to `logits`, up to the rounding of their type."""
     rounding = 16 * torch.finfo(logits.dtype).eps
     vocab_size = None if logits.shape[-1] == z.shape[-1] else logits.shape[-1]
     z, logits = z[..., :vocab_size], logits.cpu().double()
@@ -262,7 +386,7 @@ def _explain(model: nn.Module, logits: Tensor, z: Tensor) -> HeadTransform:
             "common to all entries explain"
         )
         raise refusal(model, reason, "Train this model without the patch")
-    return HeadTransform(scale, softcap, vocab_size)
+    return scale, softcap, vocab_size
 
 
 def _tidy(value: float, rounding: float) -> float:

@@ -9,13 +9,17 @@ FSDP2, which swaps classes itself, composes with it.
 Why the head computes the loss. Inside the call of the head, and only there, FSDP and ZeRO have
 gathered its weight. So the model's forward stashes the labels, the head answers with the loss in
 place of logits, and `loss_function`, which the model's own forward calls next, hands that loss
-back. Whatever else the forward does (a router loss, say) stays its own.
+back. Whatever else the forward does (a router loss, say) stays its own. A model that computes its
+loss by itself (BART, T5) is run without labels, and the loss set in its output.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
+import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,47 +29,83 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear_cross_entropy
-from .heads import HeadTransform, output_head, probe_head
+from .heads import HeadTransform, language_model, output_heads, probe_head, refusal
 
 _IGNORE_INDEX = -100  # of transformers' losses
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def patch_model(model: ModelT, smoothing: float = 0.1) -> ModelT:
+def patch_model(
+    model: ModelT,
+    smoothing: float | Tensor = 0.1,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    eval_smoothing: float = 0.0,
+    eval_logits: bool = True,
+) -> ModelT:
     """Make `model` train on label-smoothed cross-entropy that never forms the logits.
 
     A call in training mode with `labels` (or `shift_labels`) then returns the loss that
     `torch.nn.functional.cross_entropy(..., label_smoothing=smoothing)` gives on the model's logits,
-    with the same gradients, and no `logits`. It is the mean over the valid tokens, or their sum
-    over `num_items_in_batch`; a batch without any gives loss 0 and zero gradients. Every other call
-    (eval, generate, no labels, `logits_to_keep`, `skip_logits=False`) is what it was.
+    with the same gradients, and no `logits` (with `skip_logits=False`, those too). It is the mean
+    over the valid tokens, or their sum over `num_items_in_batch`, in nats and float32 (float64 for
+    float64 models); a batch without any gives loss 0 and zero gradients. Every other call (eval,
+    generate, no labels, `logits_to_keep`) is what it was, unless the options say otherwise.
 
-    The patch adds no parameter, buffer or state_dict key. Patching again only sets `smoothing`.
+    The patch adds no parameter, buffer or state_dict key. Patching again only sets the options.
 
     Args:
-        model: a causal language model whose head is a plain `torch.nn.Linear`; changed in place.
-        smoothing: the share of probability spread evenly over the vocabulary, in [0, 1].
+        model: a Hugging Face language model, or a wrapper around one (PEFT, DDP, FSDP, DeepSpeed,
+            `torch.compile`), whose head is a plain `torch.nn.Linear`; changed in place.
+        smoothing: the share of probability spread evenly over the vocabulary, in [0, 1]. A 0-dim
+            Tensor is kept as it is: filled in place, it changes the smoothing from step to step
+            without recompilation; its values are not checked.
+        temperature: T > 0 of training: the logits are divided by T, the loss is multiplied by it.
+            T < 1 lets the head of a small model become confident, so that smoothing has an effect.
+        softcap: bound of the logits in training, > 0, for a model that has none of its own.
+        eval_smoothing: smoothing of the loss of an eval call with labels, in [0, 1].
+        eval_logits: False: an eval call with labels gives no logits either, and takes no memory for
+            them.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: `smoothing` lies outside [0, 1], or the model does with its head or its loss
+        ValueError: an option lies outside its range, or the model does with its head or its loss
             what the patch could not reproduce; the message says what, and what to do.
+
+    References:
+        Huang et al. 2025, https://arxiv.org/abs/2508.00264, for smoothing, temperature and softcap.
 
     Example:
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained(name), smoothing=0.1)
         >>> model(input_ids=ids, labels=ids).loss.backward()
     """
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}; a common choice is 0.1")
-    state = _state(model)
+    for name, share in (("smoothing", smoothing), ("eval_smoothing", eval_smoothing)):
+        if not isinstance(share, Tensor) and not 0 <= share <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {share}; a common choice is 0.1")
+    for name, number in (("temperature", temperature), ("softcap", softcap)):
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {number}")
+    inner = language_model(model)
+    state = _state(inner)
+    transform = probe_head(inner) if state is None else state.transform
+    if softcap is not None and transform.softcap is not None:
+        raise refusal(
+            inner,
+            f"it caps its logits at {transform.softcap:g} already, and softcap={softcap:g} would "
+            "come on top",
+            "Leave softcap out",
+        )
     if state is None:
-        state = _PatchState(smoothing, probe_head(model))
-        _become(output_head(model), LossHead)
-        _become(model, _patched_class(_original_class(model)))
-    vars(model)["_levelhead"] = replace(state, smoothing=smoothing)
+        for head in output_heads(inner):
+            _become(head, _loss_head(_original_class(head)))
+        _become(inner, _patched_class(_original_class(inner)))
+    vars(inner)["_levelhead"] = _PatchState(
+        transform, smoothing, temperature, softcap, eval_smoothing, eval_logits
+    )
     return model
 
 
@@ -88,9 +128,9 @@ def _unpatch(model: Any) -> None:
             f"unpatch_model cannot find {original.__name__} under {type(model).__name__}, a class "
             "that the model was given after patch_model; unpatch it before fully_shard"
         )
-    head = model.get_output_embeddings()
-    if type(head) is LossHead:  # else something took its place after patch_model
-        _become(head, nn.Linear)
+    for module in model.modules():
+        if isinstance(module, LossHead):
+            _become(module, _original_class(module))
     _become(model, original)
     del vars(model)["_levelhead"]
 
@@ -106,47 +146,69 @@ def _become(module: Any, cls: Any) -> None:
 
 @dataclass(frozen=True)
 class _PatchState:
-    """What a patched model carries in its `__dict__`."""
+    """What a patched model carries in its `__dict__`: what it does with its logits, and options."""
 
-    smoothing: float
     transform: HeadTransform
+    smoothing: float | Tensor
+    temperature: float
+    softcap: float | None
+    eval_smoothing: float
+    eval_logits: bool
+
+    def training_transform(self) -> HeadTransform:
+        """The model's own transform, then temperature and softcap."""
+        own = self.transform
+        softcap = self.softcap if own.softcap is None else own.softcap / self.temperature
+        return replace(own, logit_scale=own.logit_scale / self.temperature, softcap=softcap)
 
 
 @dataclass
-class _TrainingCall:
-    """A training forward under way: what its head needs, and the loss the head leaves here."""
+class _LossCall:
+    """A forward with labels under way: what its head needs, and the loss the head leaves here."""
 
-    state: _PatchState
-    target: Tensor  # (..., T) int64, the token after each position
+    transform: HeadTransform
+    smoothing: float | Tensor
+    factor: float  # on the loss
+    target: Tensor  # (..., T) int64, the token to predict at each position
     num_items: int | Tensor | None
+    keep_logits: bool
     loss: Tensor | None = None
     handed_back: bool = False
 
     def loss_function(self, logits: Tensor, labels: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """The loss the head left here, in place of one computed from `logits`."""
-        if self.loss is None or logits.numel() != 1:
-            raise RuntimeError(
-                "the loss was asked for, but the patched head did not compute it: the head was "
-                "replaced or wrapped after patch_model (by an adapter, quantisation or "
-                "resize_token_embeddings). Undo that, or call unpatch_model and patch_model again"
-            )
         if labels.shape != self.target.shape:
             raise RuntimeError(
                 f"the model changed the labels from shape {tuple(self.target.shape)} to "
                 f"{tuple(labels.shape)} on the way to its loss; patch_model cannot follow that"
             )
+        return self.hand_back(logits)
+
+    def hand_back(self, logits: Tensor) -> Tensor:
+        """The loss, for `logits` that are what the model made of the head's output."""
+        stand_in = logits.shape[:-1].numel() == 1  # (1, 1, 1), or a bias (V,) was added to it
+        if self.loss is None or not (self.keep_logits or stand_in):
+            raise RuntimeError(
+                "the loss was asked for, but the patched head did not compute it: the head was "
+                "replaced or wrapped after patch_model (by an adapter, quantisation or "
+                "resize_token_embeddings). Undo that, or call unpatch_model and patch_model again; "
+                "to train the head beside an adapter, list it in modules_to_save"
+            )
         self.handed_back = True
         # Adds nothing, but leads the backward pass through whatever became of the head's output:
         # FSDP and ZeRO gather the head's weight in hooks on that tensor.
-        return self.loss + 0.0 * logits.float().sum()
+        return self.loss + 0.0 * logits.reshape(-1)[0].float()
 
 
-# The training forward under way, if any. A module variable because a deepcopy of the model may copy
+# The forward under way, if any. A module variable because a deepcopy of the model may copy
 # the head apart from it; not thread-safe, which is why nn.DataParallel is refused.
-_call: _TrainingCall | None = None
+_call: _LossCall | None = None
+
+# Patched models that have warned of a training call without labels.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _run(call: _TrainingCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(call: _LossCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run `forward` as `call`; None hides an outer call from the heads of models inside it."""
     global _call
     outer, _call = _call, call
@@ -159,6 +221,8 @@ def _run(call: _TrainingCall | None, forward: Callable[..., Any], *args: Any, **
 class LossHead(nn.Linear):
     """The head of a patched model: in a training call its output is the loss, shape (1, 1, 1)."""
 
+    _levelhead_original: type = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's argument name)
         """Logits (..., V) for hidden states (..., D) outside a training call, its loss within."""
         call = _call
@@ -170,11 +234,22 @@ class LossHead(nn.Linear):
                 "labels of one call only. Use unpatch_model to train this model"
             )
         call.loss = _head_loss(self, input, call)
+        if call.keep_logits:
+            return super().forward(input)
         # As many dimensions as logits have; no view, because models scale logits in place.
         return call.loss.reshape(1, 1, 1).clone()
 
 
-def _head_loss(head: nn.Linear, hidden: Tensor, call: _TrainingCall) -> Tensor:
+@functools.cache
+def _loss_head(original: Any) -> Any:
+    """`LossHead` for a head of class `original`, `torch.nn.Linear` or what FSDP2 made of it."""
+    if issubclass(LossHead, original):
+        return LossHead
+    namespace = {"_levelhead_original": original}
+    return type(LossHead.__name__, (LossHead, original), namespace)
+
+
+def _head_loss(head: nn.Linear, hidden: Tensor, call: _LossCall) -> Tensor:
     """The smoothed cross-entropy of the logits that `head` would give for `hidden` (..., T, D)."""
     target = call.target.to(hidden.device)
     if hidden.shape[:-1] != target.shape:
@@ -182,7 +257,7 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: _TrainingCall) -> Tensor:
             f"labels of shape {tuple(target.shape)} do not fit hidden states of shape "
             f"{tuple(hidden.shape)}: there must be one label per position"
         )
-    transform = call.state.transform
+    transform = call.transform
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     if transform.vocab_size is not None:
@@ -194,25 +269,25 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: _TrainingCall) -> Tensor:
         target,
         linear_bias=bias,
         ignore_index=_IGNORE_INDEX,
-        label_smoothing=call.state.smoothing,
+        label_smoothing=call.smoothing,
         reduction="sum",
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,
         # The op takes its gradient in the forward pass and rounds it once to the parameter's dtype;
         # a division of its result would rescale, and round, that gradient a second time.
-        token_weight=_token_weight(hidden, target, call.num_items),
+        token_weight=_token_weight(hidden, target, call),
     )
 
 
-def _token_weight(hidden: Tensor, target: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """1 / num_items in the shape of `target`; None stands for the number of valid tokens."""
-    count = (target != _IGNORE_INDEX).sum() if num_items is None else num_items
+def _token_weight(hidden: Tensor, target: Tensor, call: _LossCall) -> Tensor:
+    """The factor over num_items, in the shape of `target`; None stands for the number of valid tokens."""
+    count = (target != _IGNORE_INDEX).sum() if call.num_items is None else call.num_items
     if isinstance(count, Tensor):
         count = count.to(target.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
     # At least 1: no valid token means loss 0, where 0 / 0 would poison every rank with NaN.
-    return items.clamp(min=1).reciprocal()
+    return call.factor / items.clamp(min=1)
 
 
 def _state(model: nn.Module) -> _PatchState | None:
@@ -231,7 +306,7 @@ def _patched_class(original: Any) -> Any:
         skip_logits = kwargs.pop("skip_logits", None)
         given = dict(zip(names, args, strict=False)) | kwargs
         misused = len(given) < len(args) + len(kwargs)  # left to Python's own TypeError
-        call = None if skip_logits is False or misused else _training_call(self, given)
+        call = None if misused else _loss_call(self, given, skip_logits)
         if call is None:
             return _run(None, original.forward, self, *args, **kwargs)
         return _train(self, call, original.forward, given)
@@ -245,10 +320,16 @@ def _patched_class(original: Any) -> Any:
     def loss_function(self: Any) -> Any:
         return unpatched_loss_function(self) if _call is None else _call.loss_function
 
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "forward":
+            _check_replacement(self, value)
+        original.__setattr__(self, name, value)
+
     namespace = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        "__setattr__": set_attribute,
         "__reduce_ex__": lambda self, _protocol: (_rebuild, (original,), self.__getstate__()),
         "_levelhead_original": original,
         "forward": forward,
@@ -264,14 +345,35 @@ def _rebuild(original: Any) -> nn.Module:
     return instance
 
 
-def _training_call(model: nn.Module, given: dict[str, Any]) -> _TrainingCall | None:
-    """What a forward of `model` with these arguments trains on; None: it must give logits."""
+def _check_replacement(model: nn.Module, forward: Any) -> None:
+    """Refuse a forward that takes the place of the patched one and would train past it."""
+    function = getattr(forward, "__func__", forward)
+    if str(getattr(function, "__module__", "")).startswith("liger_kernel"):
+        raise RuntimeError(
+            f"Liger replaces the forward of the patched {type(model).__name__}, so that it would "
+            "train without smoothing. Keep its other kernels with "
+            'liger_kernel_config={"fused_linear_cross_entropy": False}, or use unpatch_model'
+        )
+
+
+def _loss_call(
+    model: nn.Module, given: dict[str, Any], skip_logits: bool | None
+) -> _LossCall | None:
+    """What a forward with these arguments must do about its loss; None: what the model does."""
+    state = _state(model)
     labels: Any = given.get("labels")
     target: Any = given.get("shift_labels")
     keep = given.get("logits_to_keep", 0)
     whole = isinstance(keep, int) and keep == 0  # a Tensor of positions has no truth value
-    state = _state(model)
-    if state is None or not model.training or not whole or (labels is None and target is None):
+    if state is None or not whole:
+        return None
+    if labels is None and target is None:
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _warn_of_missing_labels(model)
+        return None
+    if skip_logits is None:
+        skip_logits = model.training or not state.eval_logits
+    if not model.training and not skip_logits and state.eval_smoothing == 0:
         return None
     if "_is_replica" in vars(model):
         raise RuntimeError(
@@ -279,25 +381,59 @@ def _training_call(model: nn.Module, given: dict[str, Any]) -> _TrainingCall | N
             "one training call; use torch.nn.parallel.DistributedDataParallel"
         )
     if target is None:
-        target = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:]
-    return _TrainingCall(state, target, given.get("num_items_in_batch"))
+        shift = state.transform.shift
+        target = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:] if shift else labels
+    return _LossCall(
+        state.training_transform() if model.training else state.transform,
+        state.smoothing if model.training else state.eval_smoothing,
+        state.temperature if model.training else 1.0,
+        target,
+        given.get("num_items_in_batch"),
+        keep_logits=not skip_logits,
+    )
 
 
-def _train(
-    model: Any, call: _TrainingCall, forward: Callable[..., Any], given: dict[str, Any]
-) -> Any:
-    """Run the model's own `forward` as the training call `call`; its output, without logits."""
+def _warn_of_missing_labels(model: nn.Module) -> None:
+    if model not in _warned:
+        _warned.add(model)
+        warnings.warn(
+            f"the patched {type(model).__name__} was called in training mode without labels, and "
+            "gave logits without smoothing. If Trainer took the labels away, for its "
+            "label_smoothing_factor or compute_loss_func, it computes the loss from all logits: "
+            "leave those out, patch_model smooths by itself",
+            stacklevel=3,
+        )
+
+
+def _train(model: Any, call: _LossCall, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Run the model's own `forward` as `call`; its output, with the loss, perhaps without logits."""
     return_dict = given.pop("return_dict", None)
-    if given.get("labels") is None:
+    own_loss = call.transform.own_loss
+    if own_loss:
+        _withhold_labels(model, given)
+    elif given.get("labels") is None:
         given["labels"] = call.target  # without labels no model asks for its loss
     output = _run(call, forward, model, **given, return_dict=True)
+    loss = call.hand_back(output.logits) if own_loss else output.loss
     if not call.handed_back:
         raise RuntimeError(
             f"{type(model).__name__} did not ask loss_function for its loss, so there is none; "
             "use unpatch_model to train this model"
         )
     # Rebuilt, because setting a field of a ModelOutput to None leaves it among the items.
-    output = type(output)(**{k: v for k, v in output.items() if k != "logits"})
+    dropped = () if call.keep_logits else ("logits",)
+    fields = {k: v for k, v in output.items() if k not in dropped} | {"loss": loss}
+    output = type(output)(**fields)
     if return_dict is None:
         return_dict = model.config.return_dict
     return output if return_dict else output.to_tuple()
+
+
+def _withhold_labels(model: Any, given: dict[str, Any]) -> None:
+    """Take the labels from the arguments of a forward, but do what else it does because of them."""
+    labels = given.pop("labels", None)
+    given.pop("shift_labels", None)
+    inputs = (given.get("decoder_input_ids"), given.get("decoder_inputs_embeds"))
+    if getattr(model.config, "is_encoder_decoder", False) and inputs == (None, None):
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    given.setdefault("use_cache", False)

@@ -1,10 +1,10 @@
 """`levelhead demo`: what label smoothing does to a model's confidence, seen in two minutes."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
+from ..arguments import count, share
 from ..errors import missing_extra
 
 _DESCRIPTION = """\
@@ -41,14 +41,14 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "--smoothing",
-        type=_share,
+        type=share,
         default=0.1,
         metavar="EPS",
         help="share of probability spread over the vocabulary (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
-        type=_count,
+        type=count,
         default=3,
         metavar="N",
         help="repetitions, each with its own split, weights and order (default: %(default)s)",
@@ -75,22 +75,3 @@ def run(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise missing_extra(error, "demo", {"matplotlib", "rich", "transformers"}) from error
     experiment(arguments.data, arguments.smoothing, arguments.seeds, arguments.output)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a number in [0, 1], got {text!r}; a common choice is 0.1"
-        )
-    return share
-
-
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return count

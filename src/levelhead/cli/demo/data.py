@@ -4,25 +4,23 @@ Both are cut into words and punctuation marks, one token each. Nothing is downlo
 tokenizer to fetch, and the vocabulary is simply every word of the data.
 """
 
-import codecs
-import json
 import random
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CliError
+from ..rows import json_object, lines, text_field, usable
 
 IGNORE_INDEX = -100  # transformers': no loss at this position
 MAX_TRAINING, MAX_HELD_OUT = 800, 2000  # what two cores manage in two minutes, over three seeds
 MIN_ROWS = 50
 MAX_WORDS = 256
-_MAX_NAMED_LINES = 20
 
 _PAD, _PROMPT, _COMPLETION = range(3)  # the special tokens, before all words
 _words = re.compile(r"\w+|[^\w\s]").findall
@@ -74,19 +72,15 @@ def read_jsonl(path: Path) -> list[Example]:
         CliError: The file cannot be read, any line is bad (all are named, the first twenty with
             their reason), or fewer than fifty rows are left.
     """
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise CliError(f"cannot read {path}: {error.strerror}") from error
-    examples, bad = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                examples.append(_parse(line))
-            except ValueError as error:
-                bad.append(f"  line {number}: {error}")
-    if bad:
-        raise CliError(_describe(path, bad, len(lines)))
+    examples = list(
+        usable(
+            lines(path),
+            _parse,
+            source=path,
+            unit="line",
+            hint='write each line as {"prompt": "...", "completion": "..."}',
+        )
+    )
     if len(examples) < MIN_ROWS:
         raise CliError(
             f"{path} has {len(examples)} rows, and the demo needs at least {MIN_ROWS}: a fifth is "
@@ -97,49 +91,12 @@ def read_jsonl(path: Path) -> list[Example]:
 
 def _parse(line: bytes) -> Example:
     """The example on a line; ValueError says what is wrong with it."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"not an object but {_json_type(row)}")
-    example = Example(*(_text(row, field) for field in Example._fields))
+    row = json_object(line)
+    example = Example(*(text_field(row, field) for field in Example._fields))
     length = sum(len(_words(text)) for text in example)
     if length > MAX_WORDS:
         raise ValueError(f"{length} words, and at most {MAX_WORDS} fit")
     return example
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        raise ValueError(f'"{field}" is missing')
-    text = row[field]
-    if not isinstance(text, str):
-        raise ValueError(f'"{field}" is not a string but {_json_type(text)}')
-    if not _words(text):
-        raise ValueError(f'"{field}" is empty')
-    return text
-
-
-def _json_type(value: object) -> str:
-    names = {list: "an array", dict: "an object", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _describe(path: Path, bad: list[str], total: int) -> str:
-    more = len(bad) - _MAX_NAMED_LINES
-    return "\n".join(
-        [
-            f"{len(bad)} of {total} lines of {path} cannot be used, so nothing was trained:",
-            *bad[:_MAX_NAMED_LINES],
-            *([f"  and {more} more"] if more > 0 else []),
-            'write each line as {"prompt": "...", "completion": "..."}',
-        ]
-    )
 
 
 class Vocabulary:

@@ -1,0 +1,187 @@
+"""`levelhead sft`: fine-tune a model on the user's own data, with smoothed labels."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..arguments import count, positive, share
+from ..errors import missing_extra
+
+_PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
+_DESCRIPTION = """\
+Fine-tunes a causal language model on prompts and completions, or on chats, with label
+smoothing through levelhead.patch_model, on transformers' Trainer. Only completions and
+the turns of the assistant have a loss.
+
+Learning rate: falls linearly to 0 after a warm-up over 3% of the steps; no weight decay.
+Options have the meaning of the transformers.TrainingArguments they are named after.
+"""
+_EPILOG = """\
+examples:
+  levelhead sft tiny questions.jsonl --output run --max-steps 20
+  levelhead sft Qwen/Qwen2.5-0.5B chats.parquet --output run --bf16 --lora 16
+  accelerate launch --num_processes 2 -m levelhead sft MODEL DATA --output run
+  deepspeed --module levelhead sft MODEL DATA --output run --deepspeed zero3.json
+
+rows of DATA, one a line in JSON lines, or columns of the same names:
+  {"prompt": "the capital of France is", "completion": " Paris"}
+  {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+
+DIR receives the model, its tokenizer, summary.json and checkpoints. The model stays
+untouched and nothing is trained if any row is bad.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds `sft` to the verbs of the command."""
+    parser = verbs.add_parser(
+        "sft",
+        help="fine-tune a model with smoothed labels on your own data",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
+        "reads bytes, to try the command offline",
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help=".jsonl or .parquet file, or name or folder of a data set for datasets.load_dataset",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the results"
+    )
+    _add_data(parser.add_argument_group("data"))
+    _add_loss(parser.add_argument_group("loss"))
+    _add_training(parser.add_argument_group("training"))
+    parser.set_defaults(run=run)
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("--eval", metavar="DATA", help="held-out data, for a loss after each epoch")
+    group.add_argument(
+        "--max-length",
+        type=count,
+        default=1024,
+        metavar="TOKENS",
+        help="cut rows to this length; one whose completion lies beyond it is left out, and "
+        "counted (default: %(default)s)",
+    )
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template for chats, in place of the tokenizer's",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
+    group.add_argument(
+        "--dataset-split",
+        default="train",
+        metavar="NAME",
+        help="of a data set given by name (default: %(default)s)",
+    )
+
+
+def _add_loss(group: Any) -> None:
+    group.add_argument(
+        "--smoothing",
+        type=share,
+        default=0.1,
+        metavar="EPS",
+        help="share of probability spread over the vocabulary (default: %(default)s)",
+    )
+    group.add_argument(
+        "--softcap",
+        type=positive,
+        metavar="C",
+        help="train on logits capped to C * tanh(logits / C)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=positive,
+        default=1.0,
+        metavar="T",
+        help="train on logits / T, and multiply the loss by T (default: %(default)s)",
+    )
+
+
+def _add_training(group: Any) -> None:
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=positive, default=3.0, metavar="N", help="(default: %(default)s)"
+    )
+    length.add_argument("--max-steps", type=count, metavar="N", help="instead of --epochs")
+    group.add_argument(
+        "--learning-rate",
+        type=positive,
+        metavar="LR",
+        help="highest learning rate of AdamW (default: 2e-5, and 2e-4 with --lora)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        default=8,
+        metavar="N",
+        help="rows per device and forward pass (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gradient-accumulation",
+        type=count,
+        default=1,
+        metavar="N",
+        help="forward passes per step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora",
+        type=count,
+        metavar="RANK",
+        help="train adapters of this rank on every linear layer but the head, and save them alone",
+    )
+    group.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16; weights stay float32, but those that --lora freezes do not",
+    )
+    group.add_argument("--compile", action="store_true", help="use torch.compile")
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass, to save memory",
+    )
+    group.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed configuration in JSON")
+    group.add_argument(
+        "--save-steps",
+        type=count,
+        default=500,
+        metavar="N",
+        help="write a checkpoint every N steps, and keep two (default: %(default)s)",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last whole checkpoint in DIR, if there is one",
+    )
+    group.add_argument("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model (default: refuse)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fine-tunes.
+
+    Raises:
+        CliError: An optional package is missing, an argument or the data cannot be used, or the
+            model is refused; nothing was trained.
+    """
+    try:
+        from .training import fine_tune
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "sft", _PACKAGES) from error
+    fine_tune(arguments)
