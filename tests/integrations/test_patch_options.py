@@ -1,0 +1,102 @@
+"""What the options of patch_model change, and that they change nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.integrations.tiny_models import (
+    assert_same_training,
+    batch,
+    dense_loss,
+    next_tokens,
+    tiny,
+)
+
+from levelhead.integrations import patch_model
+
+
+def test_eval_smoothing_smooths_the_loss_and_keeps_the_logits():
+    plain, patched = tiny().eval(), patch_model(tiny(), eval_smoothing=0.2).eval()
+    output = patched(**batch())
+    torch.testing.assert_close(output.loss, dense_loss(plain, **batch(), smoothing=0.2))
+    assert torch.equal(output.logits, plain(**batch()).logits)
+
+
+@pytest.mark.parametrize("eval_smoothing", [0.0, 0.2])
+def test_eval_without_logits(eval_smoothing):
+    model = patch_model(tiny(), eval_smoothing=eval_smoothing, eval_logits=False).eval()
+    output = model(**batch())
+    assert "logits" not in output
+    want = dense_loss(tiny().eval(), **batch(), smoothing=eval_smoothing)
+    torch.testing.assert_close(output.loss, want)
+    assert "logits" in model(batch()["input_ids"])
+    assert "logits" in model(**batch(), skip_logits=False)
+
+
+def test_one_eval_call_may_skip_its_logits():
+    model = patch_model(tiny()).eval()
+    output = model(**batch(), skip_logits=True)
+    assert "logits" not in output
+    torch.testing.assert_close(output.loss, dense_loss(tiny(), **batch(), smoothing=0.0))
+
+
+def test_a_training_call_may_keep_its_logits():
+    plain, patched = tiny(), patch_model(tiny())
+    output = patched(**batch(), skip_logits=False)
+    assert torch.equal(output.logits, plain(**batch()).logits)
+    assert_same_training(patched, output.loss, plain, dense_loss(plain, **batch()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_temperature_divides_the_logits_and_multiplies_the_loss(family):
+    plain, patched = tiny(family), patch_model(tiny(family), temperature=0.5)
+    logits = plain(batch()["input_ids"]).logits / 0.5
+    want = 0.5 * _smoothed(logits)
+    assert_same_training(patched, patched(**batch()).loss, plain, want)
+    assert torch.equal(patched.eval()(**batch()).loss, plain.eval()(**batch()).loss)
+
+
+def test_a_softcap_of_the_users_comes_after_the_temperature():
+    plain, patched = tiny(), patch_model(tiny(), temperature=0.5, softcap=0.1)
+    want = 0.5 * _smoothed(0.1 * torch.tanh(plain(batch()["input_ids"]).logits / 0.5 / 0.1))
+    assert_same_training(patched, patched(**batch()).loss, plain, want)
+
+
+def _smoothed(logits):
+    target = next_tokens(batch()["labels"])
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.1)
+
+
+def test_a_softcap_on_top_of_the_models_own_is_refused():
+    with pytest.raises(ValueError, match=r"caps its logits at 0.5 already.* Leave softcap out"):
+        patch_model(tiny("gemma2"), softcap=30.0)
+
+
+def test_a_tensor_changes_the_smoothing_from_step_to_step():
+    smoothing = torch.tensor(0.1)
+    plain, patched = tiny(), patch_model(tiny(), smoothing)
+    for share in (0.1, 0.0, 0.3):
+        smoothing.fill_(share)
+        want = dense_loss(plain, **batch(), smoothing=smoothing.item())
+        # float32 holds the smoothing, to 1e-8 of losses of order one
+        assert_same_training(patched, patched(**batch()).loss, plain, want, atol=1e-7)
+
+
+def test_patching_again_sets_every_option():
+    model = patch_model(tiny(), 0.1, temperature=0.5, softcap=1.0, eval_logits=False)
+    patch_model(model, 0.3)
+    torch.testing.assert_close(model(**batch()).loss, dense_loss(tiny(), **batch(), smoothing=0.3))
+    assert "logits" in model.eval()(**batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"smoothing": 1.1}, r"smoothing must lie in \[0, 1\], got 1.1"),
+        ({"eval_smoothing": -0.1}, r"eval_smoothing must lie in \[0, 1\], got -0.1"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"softcap": float("nan")}, "softcap must be a positive number, got nan"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        patch_model(tiny(), **options)
