@@ -28,7 +28,7 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[demo,accelerate]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[demo,sft,trl,deepspeed]'
 	@touch $@
 
 clean:

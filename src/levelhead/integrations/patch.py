@@ -184,6 +184,35 @@ class _LossCall:
             )
         return self.hand_back(logits)
 
+    def compute(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    ) -> Tensor:
+        """The smoothed cross-entropy, (), of the logits of `hidden` (..., T, D)."""
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            linear_bias=bias,
+            ignore_index=_IGNORE_INDEX,
+            label_smoothing=self.smoothing,
+            reduction="sum",
+            softcap=self.transform.softcap,
+            logit_scale=self.transform.logit_scale,
+            # The op takes its gradient in the forward pass and rounds it once to the parameter's
+            # dtype; a division of its result would rescale, and round, that gradient once more.
+            token_weight=self._token_weight(hidden, target),
+        )
+
+    def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
+        count = (target != _IGNORE_INDEX).sum() if self.num_items is None else self.num_items
+        if isinstance(count, Tensor):
+            count = count.to(target.device)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
+        # At least 1: no valid token means loss 0, where 0 / 0 would poison every rank with NaN.
+        return self.factor / items.clamp(min=1)
+
     def hand_back(self, logits: Tensor) -> Tensor:
         """The loss, for `logits` that are what the model made of the head's output."""
         stand_in = logits.shape[:-1].numel() == 1  # (1, 1, 1), or a bias (V,) was added to it
@@ -257,37 +286,13 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: _LossCall) -> Tensor:
             f"labels of shape {tuple(target.shape)} do not fit hidden states of shape "
             f"{tuple(hidden.shape)}: there must be one label per position"
         )
-    transform = call.transform
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
-    if transform.vocab_size is not None:
-        weight = weight[: transform.vocab_size]
-        bias = None if bias is None else bias[: transform.vocab_size]
-    return linear_cross_entropy(
-        hidden,
-        weight,
-        target,
-        linear_bias=bias,
-        ignore_index=_IGNORE_INDEX,
-        label_smoothing=call.smoothing,
-        reduction="sum",
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        # The op takes its gradient in the forward pass and rounds it once to the parameter's dtype;
-        # a division of its result would rescale, and round, that gradient a second time.
-        token_weight=_token_weight(hidden, target, call),
-    )
-
-
-def _token_weight(hidden: Tensor, target: Tensor, call: _LossCall) -> Tensor:
-    """The factor over num_items, in the shape of `target`; None stands for the number of valid tokens."""
-    count = (target != _IGNORE_INDEX).sum() if call.num_items is None else call.num_items
-    if isinstance(count, Tensor):
-        count = count.to(target.device)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
-    # At least 1: no valid token means loss 0, where 0 / 0 would poison every rank with NaN.
-    return call.factor / items.clamp(min=1)
+    vocab_size = call.transform.vocab_size
+    if vocab_size is not None:
+        weight = weight[:vocab_size]
+        bias = None if bias is None else bias[:vocab_size]
+    return call.compute(hidden, weight, bias, target)
 
 
 def _state(model: nn.Module) -> _PatchState | None:
@@ -322,7 +327,7 @@ def _patched_class(original: Any) -> Any:
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if name == "forward":
-            _check_replacement(self, value)
+            value = _replacement(self, value)
         original.__setattr__(self, name, value)
 
     namespace = {
@@ -345,15 +350,21 @@ def _rebuild(original: Any) -> nn.Module:
     return instance
 
 
-def _check_replacement(model: nn.Module, forward: Any) -> None:
-    """Refuse a forward that takes the place of the patched one and would train past it."""
+def _replacement(model: nn.Module, forward: Any) -> Any:
+    """What a patched model takes where a forward that would train past the patch is set on it."""
     function = getattr(forward, "__func__", forward)
-    if str(getattr(function, "__module__", "")).startswith("liger_kernel"):
+    package = str(getattr(function, "__module__", "")).partition(".")[0]
+    if package == "liger_kernel":
         raise RuntimeError(
             f"Liger replaces the forward of the patched {type(model).__name__}, so that it would "
             "train without smoothing. Keep its other kernels with "
             'liger_kernel_config={"fused_linear_cross_entropy": False}, or use unpatch_model'
         )
+    if package == "trl":
+        from .trl import adapt
+
+        return adapt(model, forward)
+    return forward
 
 
 def _loss_call(
