@@ -11,7 +11,6 @@ whatever is not a scale, a cap and a cut before a cross-entropy is refused.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops.checks import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
     path = _path_of_head(model)
     heads = [_checked(model, head, path) for head in _inner_heads(model.get_submodule(path))]
     owners = [".".join(path.split(".")[:depth]) for depth in range(path.count(".") + 1)]
+    # That of a tensor-parallel head only gathers its logits, which its loss does without.
+    exempt = [head for head in heads if is_dtensor(head.weight)]
     for module in (*(model.get_submodule(owner) for owner in owners), *heads):
-        if "forward" in vars(module):
+        if "forward" in vars(module) and module not in exempt:
             name = f"the {path}" if module in heads else f"the {type(module).__name__}"
             raise refusal(
                 model,
@@ -167,7 +170,7 @@ def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
             "modules_to_save",
         )
     weight = head.weight
-    plain = type(weight) in (Tensor, nn.Parameter) or _is_dtensor(weight)
+    plain = type(weight) in (Tensor, nn.Parameter) or is_dtensor(weight)
     if not plain or not weight.is_floating_point():
         raise refusal(
             model,
@@ -177,12 +180,6 @@ def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
         )
     linear: nn.Linear = head
     return linear
-
-
-def _is_dtensor(weight: Tensor) -> bool:
-    # Imported only where it has been already, or no weight could be one.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(weight, module.DTensor)
 
 
 def _head_outputs(*shape: int) -> Tensor:

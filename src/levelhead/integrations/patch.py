@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear_cross_entropy
+from ..ops.checks import is_dtensor
 from .heads import HeadTransform, language_model, output_heads, probe_head, refusal
 
 _IGNORE_INDEX = -100  # of transformers' losses
@@ -102,6 +103,8 @@ def patch_model(
     if state is None:
         for head in output_heads(inner):
             _become(head, _loss_head(_original_class(head)))
+            if "forward" in vars(head):
+                vars(head)["_levelhead_forward"] = vars(head).pop("forward")
         _become(inner, _patched_class(_original_class(inner)))
     vars(inner)["_levelhead"] = _PatchState(
         transform, smoothing, temperature, softcap, eval_smoothing, eval_logits
@@ -131,6 +134,8 @@ def _unpatch(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, LossHead):
             _become(module, _original_class(module))
+            if "_levelhead_forward" in vars(module):
+                vars(module)["forward"] = vars(module).pop("_levelhead_forward")
     _become(model, original)
     del vars(model)["_levelhead"]
 
@@ -256,7 +261,7 @@ class LossHead(nn.Linear):
         """Logits (..., V) for hidden states (..., D) outside a training call, its loss within."""
         call = _call
         if call is None:
-            return super().forward(input)
+            return self._logits(input)
         if call.loss is not None:
             raise RuntimeError(
                 "the head was called twice in one training forward, but patch_model knows the "
@@ -264,9 +269,14 @@ class LossHead(nn.Linear):
             )
         call.loss = _head_loss(self, input, call)
         if call.keep_logits:
-            return super().forward(input)
+            return self._logits(input)
         # As many dimensions as logits have; no view, because models scale logits in place.
         return call.loss.reshape(1, 1, 1).clone()
+
+    def _logits(self, input: Tensor) -> Tensor:  # noqa: A002
+        # Tensor parallelism sets a forward on the instance, which patch_model has put aside.
+        own: Callable[[Tensor], Tensor] = vars(self).get("_levelhead_forward", super().forward)
+        return own(input)
 
 
 @functools.cache
@@ -290,6 +300,12 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: _LossCall) -> Tensor:
     bias: Tensor | None = head.bias
     vocab_size = call.transform.vocab_size
     if vocab_size is not None:
+        if is_dtensor(weight):
+            raise RuntimeError(
+                f"the loss takes {vocab_size} of the {len(weight)} entries of a tensor-parallel "
+                "head, which patch_model cannot cut without gathering it. Train this model without "
+                "tensor parallelism of its head"
+            )
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
     return call.compute(hidden, weight, bias, target)

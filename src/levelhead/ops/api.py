@@ -1,6 +1,6 @@
 """The public functions: what they mean, what they accept, what they refuse. Nothing here computes a logit."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
-        linear_weight: the output embedding, shape ``(V, D)``.
+        linear_weight: the output embedding, shape ``(V, D)``; as a DTensor sharded over its rows, the head is
+            tensor-parallel: ranks exchange a few statistics per token, and ``input`` and ``target`` must be the same
+            on all of them.
         target: ids in ``[0, V)`` or ``ignore_index``, shape ``(...)``, integer. Where no host synchronisation is
             needed to look at them (eager CPU) others raise; elsewhere they make the loss NaN.
         linear_bias: shape ``(V,)``.
@@ -101,7 +103,8 @@ def linear_cross_entropy(
 
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
-    if reduction != "none" and any(needed) and not any(exotic):
+    sharded = checks.is_dtensor(linear_weight)
+    if reduction != "none" and any(needed) and not any(exotic) and not sharded:
         total = weight.sum()
         if reduction == "mean":
             weight = torch.where(counts, weight / total, 0)
@@ -120,9 +123,7 @@ def linear_cross_entropy(
         # The mean of nothing is NaN, as in torch, and its gradient zero.
         return fused[0] if reduction == "sum" else fused[0].masked_fill(total == 0, torch.nan)
 
-    stats: tuple[Tensor, ...] = library.linear_logit_stats(
-        x, linear_weight, ids[:, None], linear_bias, *model, impl
-    )
+    stats = _stats(x, linear_weight, ids[:, None], linear_bias, *model, impl)
     # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
     logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
     losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
@@ -230,7 +231,8 @@ def linear_logit_stats(
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
-        linear_weight: the output embedding, shape ``(V, D)``.
+        linear_weight: the output embedding, shape ``(V, D)``, or a DTensor sharded over its rows, as in
+            :func:`linear_cross_entropy`.
         picks: vocabulary ids, one or K a token, shape ``(...)`` or ``(..., K)``, integer; repeats allowed. An id
             outside ``[0, V)``, such as an ignored target, picks nothing: 0, without gradient.
         linear_bias: shape ``(V,)``.
@@ -266,7 +268,7 @@ def linear_logit_stats(
     per_token = 1 if picks.shape == tokens else picks.shape[-1]
     x = input.reshape(tokens.numel(), input.shape[-1])
     ids = picks.long().reshape(tokens.numel(), per_token)
-    stats = library.linear_logit_stats(
+    stats = _stats(
         x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl or "chunked"
     )
     logsumexp, picked, mean, expected, largest, argmax = stats
@@ -278,6 +280,16 @@ def linear_logit_stats(
         largest.reshape(tokens),
         argmax.reshape(tokens),
     )
+
+
+def _stats(input: Tensor, linear_weight: Any, picks: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    """Return the statistics (N,) and (N, K) of flat arguments; those of a sharded head are merged over its ranks."""
+    if checks.is_dtensor(linear_weight):
+        from .vocab_parallel import linear_logit_stats as of_shards
+
+        return of_shards(input, linear_weight, picks, *options)
+    stats: tuple[Tensor, ...] = library.linear_logit_stats(input, linear_weight, picks, *options)
+    return stats
 
 
 def _autocast(input: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the public functions refuse, before any kernel runs: what was asked, what came, what is valid, what to do."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
             f"input is {input.dtype} but linear_weight and linear_bias are {others}; "
             "autocast leaves float64 alone, so cast them to one dtype"
         )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, without importing what defines it."""
+    # Where nothing has imported it, nothing can be one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def autocast_is_on(device_type: str) -> bool:
