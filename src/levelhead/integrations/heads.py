@@ -90,8 +90,9 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
             raise refusal(
                 model,
                 f"{name} forward was replaced on the instance",
-                "Patch before offloading, dispatching and other patches; one that accelerate has "
-                "prepared can be patched by levelhead.integrations.accelerate",
+                "Patch before offloading, dispatching and other patches; for what accelerate has "
+                "prepared see levelhead.integrations.accelerate, for an SFTTrainer's model "
+                "levelhead.integrations.trl",
             )
     return heads
 

@@ -369,14 +369,19 @@ def _rebuild(original: Any) -> nn.Module:
 def _replacement(model: nn.Module, forward: Any) -> Any:
     """What a patched model takes where a forward that would train past the patch is set on it."""
     function = getattr(forward, "__func__", forward)
-    package = str(getattr(function, "__module__", "")).partition(".")[0]
-    if package == "liger_kernel":
+    # A decorated function goes by the module of what it wraps: TRL's, around ours, by this one.
+    modules = (
+        getattr(function, "__module__", ""),
+        getattr(function, "__globals__", {}).get("__name__"),
+    )
+    packages = {str(module).partition(".")[0] for module in modules}
+    if "liger_kernel" in packages:
         raise RuntimeError(
             f"Liger replaces the forward of the patched {type(model).__name__}, so that it would "
             "train without smoothing. Keep its other kernels with "
             'liger_kernel_config={"fused_linear_cross_entropy": False}, or use unpatch_model'
         )
-    if package == "trl":
+    if "trl" in packages:
         from .trl import adapt
 
         return adapt(model, forward)
