@@ -104,6 +104,21 @@ def test_an_entry_masked_out_by_its_bias_contributes_nothing(
     assert_equal(gradient, expected)
 
 
+def test_a_part_of_the_vocabulary_that_is_all_masked_out_is_the_empty_set() -> None:
+    """A rank may hold nothing but padding; NaN in its statistics would spread to the others."""
+    x, weight, masked = (
+        torch.ones(2, 3).double(),
+        torch.ones(5, 3).double(),
+        torch.full((5,), -torch.inf),
+    )
+    ids = torch.zeros(2, 0, dtype=torch.int64)
+    part = linear_logit_stats(x, weight, ids, linear_bias=masked.double())
+    assert_equal(part.logsumexp, torch.full((2,), -torch.inf).double())
+    whole = linear_logit_stats(x, weight, ids)
+    assert_equal(merge(whole, 5, part, 5).expected, whole.expected)
+    assert_equal(merge(whole, 5, part, 5).logsumexp, whole.logsumexp)
+
+
 def _part(z: Tensor, picks: Tensor, first: int, last: int) -> tuple[LogitStats, int]:
     """The statistics of the entries first..last of dense logits, with ids of the whole vocabulary."""
     size = last - first

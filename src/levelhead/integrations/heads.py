@@ -83,7 +83,11 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
     heads = [_checked(model, head, path) for head in _inner_heads(model.get_submodule(path))]
     owners = [".".join(path.split(".")[:depth]) for depth in range(path.count(".") + 1)]
     # That of a tensor-parallel head only gathers its logits, which its loss does without.
-    exempt = [head for head in heads if is_dtensor(head.weight)]
+    exempt = [
+        head
+        for head in heads
+        if is_dtensor(head.weight) and head.forward.__module__.startswith("transformers.")
+    ]
     for module in (*(model.get_submodule(owner) for owner in owners), *heads):
         if "forward" in vars(module) and module not in exempt:
             name = f"the {path}" if module in heads else f"the {type(module).__name__}"

@@ -231,7 +231,9 @@ class _LossCall:
         self.handed_back = True
         # Adds nothing, but leads the backward pass through whatever became of the head's output:
         # FSDP and ZeRO gather the head's weight in hooks on that tensor.
-        return self.loss + 0.0 * logits.reshape(-1)[0].float()
+        # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
+        part: Tensor = logits.to_local() if is_dtensor(logits) else logits  # type: ignore[attr-defined]
+        return self.loss + 0.0 * part.reshape(-1)[:1].float().sum()
 
 
 # The forward under way, if any. A module variable because a deepcopy of the model may copy
@@ -271,7 +273,11 @@ class LossHead(nn.Linear):
         if call.keep_logits:
             return self._logits(input)
         # As many dimensions as logits have; no view, because models scale logits in place.
-        return call.loss.reshape(1, 1, 1).clone()
+        loss = call.loss.reshape(1, 1, 1).clone()
+        if is_dtensor(input):  # torch's tensor parallelism: its hooks want in return what they gave
+            whole: Any = input
+            loss = whole.from_local(loss, whole.device_mesh, whole.placements)
+        return loss
 
     def _logits(self, input: Tensor) -> Tensor:  # noqa: A002
         # Tensor parallelism sets a forward on the instance, which patch_model has put aside.

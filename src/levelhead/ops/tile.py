@@ -49,9 +49,10 @@ def stats(t: Tensor, cap: float, ids: Tensor, first: int, scratch: Tensor) -> Lo
     mean = cap * t.mean(1)
     largest, argmax = t.max(1)
     largest = cap * largest
-    exps = exp(t, cap, largest, out=scratch)
+    # Where all entries are masked out, -inf, their sum is 0 and not NaN; elsewhere it is at least 1.
+    exps = exp(t, cap, _finite_(largest.clone()), out=scratch)
     total = exps.sum(1)
-    expected = cap * exps.mul_(_finite_(t)).sum(1) / total
+    expected = cap * exps.mul_(_finite_(t)).sum(1) / total.clamp(min=1)
     return LogitStats(largest + total.log(), picked, mean, expected, largest, argmax + first)
 
 

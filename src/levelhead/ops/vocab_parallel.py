@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from . import library
 from .statistics import LogitStats, empty_set, merge, statistics_dtype

@@ -1,0 +1,275 @@
+"""A head whose rows are shared by 2 or 4 ranks gives what one process gives, and nothing is gathered."""
+
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import torch
+from tests.distributed import vocab_parallel_worker as worker
+from tests.distributed.launch import launch, outcome
+from tests.distributed.vocab_parallel_worker import V
+from tests.problems import assert_equal, gradients
+from torch import Tensor
+
+import levelhead
+from levelhead.ops import LogitStats, merge
+from levelhead.ops.vocab_parallel import rows_of_shards
+
+# One launch for two ranks, one for four.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vocab_parallel")]
+# What is left in float64 after sums of a few hundred terms of order one.
+ROUNDING = 1e-12
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def results(ranks):
+    skipped = worker.TWO_RANKS_ONLY if ranks == 4 else set()
+    names = [name for name in worker.SCENARIOS if name not in skipped]
+    return launch(Path(worker.__file__), *names, processes=ranks)
+
+
+def same_bits(values: list[Tensor]) -> Tensor:
+    """The value that all ranks agree on to the last bit; NaN equals NaN."""
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=0, atol=0, equal_nan=True)
+    return values[0]
+
+
+@pytest.mark.parametrize("name", worker.LOSSES)
+def test_loss_and_gradients_equal_those_of_one_process(results, name):
+    runs = outcome(results, name)
+    whole = worker.LOSSES[name]()
+    loss = same_bits([run["loss"] for run in runs])
+    found = [
+        same_bits(tensors) for tensors in zip(*(run["gradients"] for run in runs), strict=True)
+    ]
+    truth = whole.fused()
+    torch.testing.assert_close(loss, truth, rtol=0, atol=ROUNDING, equal_nan=True)
+    assert_equal(found, gradients(truth, whole), ROUNDING)
+    if name.startswith("all tokens ignored"):
+        assert not any(g.any() for g in found)
+    elif name != "ignored tokens hold NaN":
+        assert_equal(loss, whole.dense(), ROUNDING)
+        assert_equal(found, gradients(whole.dense(), whole), ROUNDING)
+
+
+@pytest.mark.parametrize("v", [V, 64, 5, 1])
+def test_statistics_and_their_gradients_equal_those_of_one_process(results, ranks, v):
+    runs = outcome(results, f"statistics of {v}")
+    whole, picks, upstream = worker.statistics_problem(v)
+    stats = worker.statistics_of(whole, picks)
+    found = [same_bits(fields) for fields in zip(*(r["statistics"] for r in runs), strict=True)]
+    assert_equal(found, list(stats), ROUNDING)
+    truth = torch.autograd.grad(stats[:4], whole.parameters, upstream)
+    for run in runs:
+        assert_equal(run["gradients"], list(truth), ROUNDING)
+        same_bits([run["gradients"][0], runs[0]["gradients"][0]])  # the one that is replicated
+        assert run["layouts"] == ["(Shard(dim=0),)"] * 2
+        assert run["differentiable"] == [True] * 4 + [False] * 2
+
+    parts = []
+    first = 0
+    for size in rows_of_shards(v, ranks):
+        if size:
+            rows = slice(first, first + size)
+            part = levelhead.linear_logit_stats(
+                whole.input,
+                whole.linear_weight[rows],
+                picks - first,
+                linear_bias=whole.linear_bias[rows],
+                softcap=whole.softcap,
+                logit_scale=whole.logit_scale,
+            )
+            parts.append((part._replace(argmax=part.argmax + first), size))
+        first += size
+    merged, _ = reduce(lambda a, b: (merge(a[0], a[1], *b), a[1] + b[1]), parts)
+    assert_equal(LogitStats(*found), merged, ROUNDING)
+
+
+@pytest.mark.parametrize("index", range(4), ids=["logsumexp", "picked", "mean", "expected"])
+def test_a_statistic_alone_is_differentiable(results, index):
+    whole, picks, upstream = worker.statistics_problem()
+    stats = worker.statistics_of(whole, picks)
+    truth = torch.autograd.grad(stats[index], whole.parameters, upstream[index])
+    for found in outcome(results, f"statistic {index} alone"):
+        assert_equal(found, list(truth), ROUNDING)
+
+
+def test_the_smallest_id_wins_a_tie_between_ranks(results):
+    assert all(not argmax.any() for argmax in outcome(results, "ties"))
+
+
+def test_shards_may_have_any_sizes_and_the_first_no_rows_at_all(results):
+    whole, picks, upstream = worker.statistics_problem()
+    stats = worker.statistics_of(whole, picks)
+    truth = torch.autograd.grad(stats[:4], whole.parameters, upstream)
+    for run in outcome(results, "unequal shards"):
+        rows = slice(*run["rows"])
+        assert_equal([f.detach() for f in run["statistics"]], list(stats), ROUNDING)
+        assert_equal(run["gradients"], [truth[0], truth[1][rows], truth[2][rows]], ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("v", "ranks", "sizes"),
+    [(67, 2, [34, 33]), (67, 4, [17, 17, 17, 16]), (5, 4, [2, 2, 1, 0]), (1, 2, [1, 0])],
+)
+def test_rows_of_shards_are_those_of_torch_chunk(v, ranks, sizes):
+    assert rows_of_shards(v, ranks) == sizes
+    chunks = [len(chunk) for chunk in torch.empty(v).chunk(ranks)]
+    assert chunks == [size for size in sizes if size]
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [("frozen head", [0]), ("frozen input", [1, 2]), ("frozen bias", [0, 1])],
+)
+def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(results, name, needed):
+    whole = worker.problem(label_smoothing=0.1)
+    truth = torch.autograd.grad(whole.dense(), whole.parameters)
+    for found in outcome(results, name):
+        for index, gradient in enumerate(found):
+            assert (gradient is not None) == (index in needed)
+            if gradient is not None:
+                assert_equal(gradient, truth[index], ROUNDING)
+
+
+def test_token_weight_and_smoothing_are_learned(results):
+    whole = worker.problem()
+    token_weight = worker.weights().requires_grad_()
+    smoothing = torch.full((9,), 0.2, dtype=torch.float64).requires_grad_()
+    loss = whole.fused(token_weight=token_weight, label_smoothing=smoothing)
+    truth = list(torch.autograd.grad(loss, [token_weight, smoothing]))
+    for found in outcome(results, "learned"):
+        assert_equal(found, truth, ROUNDING)
+
+
+def test_without_grad_there_is_the_same_loss_and_no_graph(results):
+    for loss in outcome(results, "no grad"):
+        assert not loss.requires_grad
+        assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
+
+
+def test_a_graph_is_used_twice_and_gradients_add_up(results):
+    whole = worker.problem(label_smoothing=0.1)
+    truth = [2 * g for g in torch.autograd.grad(whole.dense(), whole.parameters)]
+    for found in outcome(results, "accumulated"):
+        assert_equal(found, truth, ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["replicated input", "the module"])
+def test_a_layer_that_torch_made_parallel_trains_as_one_process_does(results, name):
+    whole = worker.problem(label_smoothing=0.1)
+    truth = whole.dense()
+    for run in outcome(results, name):
+        assert_equal(run["loss"], truth, ROUNDING)
+        assert_equal(run["gradients"], gradients(truth, whole), ROUNDING)
+
+
+def test_a_replicated_input_gets_a_replicated_gradient_and_the_loss_is_plain(results):
+    for run in outcome(results, "replicated input"):
+        assert run["layout"] == "(Replicate(),)"
+        assert run["type"] == "Tensor"
+
+
+def test_groups_of_ranks_work_on_batches_of_their_own(results):
+    for run in outcome(results, "two dimensions"):
+        whole = worker.first(run["tokens"], worker.problem(label_smoothing=0.1))
+        dx, dw, db = gradients(whole.dense(), whole)
+        rows = slice(*run["rows"])
+        assert_equal(run["gradients"], [dx, dw[rows], db[rows]], ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_error_is_within_that_of_dense_tensor_parallelism(results, dtype):
+    given = worker.narrow_problem(getattr(torch, dtype))
+    exact = given.to(torch.float64)
+    truth = [exact.dense(), *gradients(exact.dense(), exact)]
+    ours, dense = outcome(results, dtype), outcome(results, f"{dtype}, dense")
+    for mine, theirs in zip(ours, dense, strict=True):
+        assert mine["loss"].dtype == torch.float32
+        found = [mine["loss"], *mine["gradients"]]
+        others = [theirs["loss"], *theirs["gradients"]]
+        for tensor, other, want in zip(found, others, truth, strict=True):
+            error, budget = ((t.double() - want).abs().max() for t in (tensor, other))
+            # CONTRIBUTING's budget: twice the error of the dense way, plus one rounding.
+            rounding = torch.finfo(tensor.dtype).eps * want.abs().max()
+            assert error <= 2 * budget + rounding
+
+
+def test_autocast_narrows_the_input_and_leaves_the_gradients_wide(results):
+    exact = worker.narrow_problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        truth = exact.fused()
+    for run in outcome(results, "autocast"):
+        # Other sums of the same products: float32 rounding of terms of order one.
+        torch.testing.assert_close(run["loss"], truth, rtol=1e-6, atol=1e-6)
+        for found, want in zip(run["gradients"], gradients(truth, exact), strict=True):
+            assert found.dtype == torch.float32
+            # The gradient of the input crosses bfloat16 on each rank, as its forward did.
+            bound = torch.finfo(torch.bfloat16).eps * want.abs().max()
+            torch.testing.assert_close(found, want, rtol=0, atol=bound.item())
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_compiled_into_one_graph_for_any_number_of_tokens(results):
+    for runs in outcome(results, "compiled"):
+        for tokens, run in zip((9, 7, 6), runs, strict=True):
+            some = worker.first(tokens, worker.problem(label_smoothing=0.1, z_loss=0.01))
+            truth = some.dense()
+            assert_equal(run["loss"], truth, ROUNDING)
+            assert_equal(run["gradients"], gradients(truth, some), ROUNDING)
+        assert [run["graphs"] for run in runs] == [1, 1, 1]
+
+
+def test_neither_logits_nor_weight_exist_in_full_on_any_rank(results):
+    for run in outcome(results, "memory"):
+        assert run["largest"] <= max(run["shard"], 2**18) < run["weight"] < run["logits"]
+        assert run["of_the_shard"] == 1  # its gradient
+    for run in outcome(results, "memory, frozen head"):
+        assert run["largest"] <= 2**18
+        assert run["of_the_shard"] == 0
+
+
+def test_a_gathered_weight_would_be_seen(results):
+    for run in outcome(results, "memory, gathered"):
+        assert run["largest"] >= run["weight"]
+
+
+REFUSED = {
+    "sharded over hidden units": "(Shard(dim=1),)",
+    "not sharded": "(Replicate(),)",
+    "partial": "(Partial(sum),)",
+    "plain bias": "linear_bias must be a DTensor on the mesh of linear_weight",
+    "bias not sharded": "with placements (Replicate(),); use distribute_tensor(linear_bias",
+    "sharded input": "input.redistribute(placements=[Replicate()])",
+    "target": "use target.full_tensor()",
+    "other shards": "rank 0 holds",
+    "other targets": "must work on the same batch",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused_with_the_way_out(results, name):
+    messages = [messages.get(name, "") for messages in outcome(results, "refusals")]
+    assert REFUSED[name] in messages[0]
+    if name != "other shards":  # where each rank tells of its own
+        assert len(set(messages)) == 1
+
+
+def test_every_refusal_is_tested():
+    assert REFUSED.keys() == worker.REFUSALS.keys()
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_where_looking_would_cost_a_synchronisation_other_targets_make_nan(results):
+    assert all(loss.isnan() for loss in outcome(results, "compiled, other targets"))
+
+
+def test_double_backward_says_that_it_is_not_implemented(results):
+    for message in outcome(results, "double backward"):
+        assert "does not implement double backward" in message
