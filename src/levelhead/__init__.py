@@ -2,13 +2,14 @@
 
 from importlib.metadata import version as _version
 
-from .integrations import patch_model, unpatch_model
+from .integrations import check_patch, patch_model, unpatch_model
 from .ops import LinearCrossEntropyLoss, LogitStats, linear_cross_entropy, linear_logit_stats
 
 __version__ = _version("levelhead")
 __all__ = [
     "LinearCrossEntropyLoss",
     "LogitStats",
+    "check_patch",
     "linear_cross_entropy",
     "linear_logit_stats",
     "patch_model",

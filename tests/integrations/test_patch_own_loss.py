@@ -83,3 +83,23 @@ def test_a_bias_on_the_logits_is_refused_unless_it_is_zero():
     model.final_logits_bias += 1
     with pytest.raises(ValueError, match="which no scale and softcap common to all entries"):
         patch_model(model)
+
+
+def test_router_losses_that_are_lost_with_the_labels_are_refused():
+    model = patch_model(_tiny("t5"))
+    with pytest.raises(RuntimeError, match="adds its router losses where it computes its loss"):
+        model(**batch(), output_router_logits=True)
+
+
+def test_a_model_that_makes_more_of_its_labels_is_refused():
+    model = _tiny("t5")
+    original = type(model)
+
+    def forward(self, attention_mask=None, labels=None, **inputs):
+        if labels is not None:
+            inputs["decoder_attention_mask"] = (labels != -100).long()
+        return original.forward(self, attention_mask=attention_mask, labels=labels, **inputs)
+
+    model.__class__ = type("OtherForConditionalGeneration", (original,), {"forward": forward})
+    with pytest.raises(ValueError, match="more than its decoder_input_ids depends on the labels"):
+        patch_model(model)

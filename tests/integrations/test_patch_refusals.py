@@ -48,13 +48,13 @@ def _outer_without_head():
 
 def _head_hook():
     model = tiny()
-    model.lm_head.forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: nn.Linear.forward(model.lm_head, hidden)
     return model
 
 
 def _model_hook():
     model = tiny()
-    model.forward = model.forward
+    model.forward = lambda **kwargs: type(model).forward(model, **kwargs)
     return model
 
 

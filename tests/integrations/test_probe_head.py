@@ -131,6 +131,21 @@ def _mask_entry(_, z):
     return z.masked_fill(torch.arange(z.shape[-1]) == 5, -1e9)
 
 
+def _mask_entry_out(_, z):
+    return z.masked_fill(torch.arange(z.shape[-1]) == 5, torch.finfo(z.dtype).min)
+
+
+class _Halving(nn.Module):
+    def forward(self, z):
+        return z / 2
+
+
+def test_a_module_without_parameters_after_the_head_is_run():
+    assert probe_head(
+        _llama_with(lambda self, z: self.halve(z), halve=_Halving())
+    ) == HeadTransform(0.5)
+
+
 def _mask_position(_, z):
     return z * torch.tensor([1.0, 1.0, 0.5]).to(z)[:, None]
 
@@ -139,6 +154,7 @@ def _mask_position(_, z):
     ("change", "seen"),
     [
         (_mask_entry, "vocabulary entry 5"),
+        (_mask_entry_out, "masks vocabulary entry 5 out before its loss"),
         (_mask_position, "which no scale"),
         (lambda _, z: z + 1, "which no scale and softcap common to all entries explain"),
         (lambda _, z: -z, "which no scale"),
@@ -156,7 +172,7 @@ def _mask_position(_, z):
             lambda self, z: z * self.factor,
             "a trainable parameter acts between its head and its loss",
         ),
-        (lambda _, z: z @ z, r"failed on a probe \(RuntimeError: "),
+        (lambda _, z: z @ z, r"failed when patch_model ran it .* \(RuntimeError: "),
     ],
 )
 def test_anything_else_is_refused(change, seen):

@@ -1,5 +1,6 @@
 """One thin file per framework; none of them imports its framework before it is used."""
 
+from .check import PatchCheck, check_patch
 from .patch import patch_model, unpatch_model
 
-__all__ = ["patch_model", "unpatch_model"]
+__all__ = ["PatchCheck", "check_patch", "patch_model", "unpatch_model"]

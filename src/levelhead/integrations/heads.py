@@ -21,6 +21,12 @@ from torch import Tensor, nn
 
 from ..ops.checks import is_dtensor
 
+# Those that the ops multiply: no float8, which is a quantised weight without its scales.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Where Accelerate keeps the forward that its hooks call, and where it leaves it when they come off.
+BOUND_FORWARDS = ("_old_forward", "forward")
+
 
 @dataclass(frozen=True)
 class HeadTransform:
@@ -89,7 +95,7 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
         if is_dtensor(head.weight) and head.forward.__module__.startswith("transformers.")
     ]
     for module in (*(model.get_submodule(owner) for owner in owners), *heads):
-        if "forward" in vars(module) and module not in exempt:
+        if _is_replaced(module) and module not in exempt:
             name = f"the {path}" if module in heads else f"the {type(module).__name__}"
             raise refusal(
                 model,
@@ -116,15 +122,16 @@ def probe_head(model: nn.Module) -> HeadTransform:
     """
     (head, *_), path = output_heads(model), _path_of_head(model)
     with torch.device("cpu"), torch.enable_grad():
-        labels = torch.tensor([[1, -100, 0], [0, 1, -100]])
+        labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
         z = _head_outputs(*labels.shape, head.out_features)
         hidden = torch.zeros(*labels.shape, head.in_features, dtype=z.dtype).as_subclass(_Hidden)
         call = _call_of_loss(model, path, z, hidden, labels)
         if call.labels is None:
             small = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-            shift = _check_own_loss(
-                model, _call_of_loss(model, path, small, hidden, labels), labels
-            )
+            own = _call_of_loss(model, path, small, hidden, labels)
+            shift = _check_own_loss(model, own, labels)
+            withheld = _call_of_loss(model, path, small, hidden, labels, withheld=True)
+            _check_same_inputs(model, own.inputs, withheld.inputs)
         else:
             shift = _check_loss_function(model, call, labels)
         _check_logits(model, call, z)
@@ -137,6 +144,34 @@ def _embeddings(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return head if isinstance(head, nn.Module) else None
+
+
+def inner_heads(model: nn.Module) -> list[nn.Module]:
+    """What acts as output head of `model`, inside its wrappers."""
+    head = _embeddings(model)
+    return [] if head is None else list(_inner_heads(head))
+
+
+def is_own_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is the one of the class of `module`, bound to it."""
+    function = getattr(forward, "__func__", None)
+    return getattr(forward, "__self__", None) is module and function is type(module).forward
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the forward of `module` is more than that of its class within Accelerate's hooks."""
+    attributes = vars(module)
+    inner = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    return "forward" in attributes and not is_own_forward(module, inner)
+
+
+def intercepts_linear(weight: Tensor) -> bool:
+    """Whether `weight` is of a class that may multiply in its own way, as quantised ones do."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
+    own = getattr(type(weight).__torch_function__, "__func__", None)
+    default: Any = Tensor.__torch_function__
+    return own not in (None, default.__func__)
 
 
 def _path_of_head(model: nn.Module) -> str:
@@ -176,7 +211,7 @@ def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
         )
     weight = head.weight
     plain = type(weight) in (Tensor, nn.Parameter) or is_dtensor(weight)
-    if not plain or not weight.is_floating_point():
+    if not plain or weight.dtype not in _DTYPES:
         raise refusal(
             model,
             f"the weight of its head {path} is a {type(weight).__name__} of {weight.dtype}, not "
@@ -207,6 +242,11 @@ class _LossCall(Exception):  # noqa: N818 (no error: the probe got what it wante
     vocab_size: Any = None
     options: Any = None
     loss: Any = None
+    inputs: Any = None  # what its modules were called with
+
+    def __post_init__(self) -> None:
+        if isinstance(self.logits, Tensor):
+            self.logits = self.logits.as_subclass(Tensor)
 
 
 class _Hidden(Tensor):
@@ -229,22 +269,44 @@ class _Hidden(Tensor):
 
 
 class _Stub:
-    """Answers every call with `answer`, and all else like the module it stands for."""
+    """Answers a call with `answer`, keeping its `inputs`, and all else like the module it stands for.
 
-    def __init__(self, module: nn.Module, answer: Tensor) -> None:
+    What has no parameters and is called with logits is no part of a backbone: it runs.
+    """
+
+    def __init__(self, module: Any, answer: Tensor, inputs: list[Any]) -> None:
         self._module = module
         self._answer = answer
+        self._inputs = inputs
 
-    def __call__(self, *_args: object, **_kwargs: object) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given_logits = args and type(args[0]) is Tensor and args[0].is_floating_point()
+        if given_logits and next(self._module.parameters(), None) is None:
+            return self._module(*args, **kwargs)
+        self._inputs.append((args, kwargs))
         return self._answer.clone()
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return _Stub(value, self._answer) if isinstance(value, nn.Module) else value
+        return self._stub(getattr(self._module, name))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._stub(self._module[index])
+
+    def __len__(self) -> int:
+        return len(self._module)
+
+    def _stub(self, value: Any) -> Any:
+        is_module = isinstance(value, nn.Module)
+        return _Stub(value, self._answer, self._inputs) if is_module else value
 
 
 def _call_of_loss(
-    model: nn.Module, path: str, z: Tensor, hidden: Tensor, labels: Tensor
+    model: nn.Module,
+    path: str,
+    z: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    withheld: bool = False,
 ) -> _LossCall:
     """What the forward of `model` makes of z, the output of its head, on the way to its loss."""
 
@@ -253,38 +315,79 @@ def _call_of_loss(
     ) -> None:
         raise _LossCall(logits, labels, vocab_size, options)
 
-    remedy = "Its forward must give the logits of all tokens and the labels to self.loss_function"
-    shell = _hollow(model, path.split("."), z, hidden)
+    inputs: list[Any] = []
+    shell = _hollow(model, path.split("."), z, hidden, inputs)
     shell.loss_function = stop
-    padding = torch.tensor([[1, 1, 1], [0, 1, 1]])  # must not change what the loss sees
+    given: dict[str, Any] = {
+        "input_ids": torch.zeros_like(labels),
+        # Must not change what the loss sees: a label on padding counts as any other.
+        "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 0]]),
+        "labels": labels.clone(),
+    }
+    if withheld:
+        withhold_labels(model, given)
     try:
-        output = shell.forward(
-            input_ids=torch.zeros_like(labels), attention_mask=padding, labels=labels.clone()
-        )
-        return _LossCall(output.logits, loss=output.loss)
+        output = shell.forward(**given)
+        return _LossCall(output.logits, loss=output.loss, inputs=inputs)
     except _LossCall as call:
         return call
     except Exception as error:
-        reason = f"its forward failed on a probe ({type(error).__name__}: {error})"
-        raise refusal(model, reason, remedy) from error
+        raise refusal(
+            model,
+            "its forward failed when patch_model ran it on text alone, with stubs for its modules "
+            f"({type(error).__name__}: {error})",
+            "Its forward must give the logits of all tokens and the labels to self.loss_function",
+        ) from error
 
 
-def _hollow(module: nn.Module, path: list[str], z: Tensor, hidden: Tensor) -> Any:
+def withhold_labels(model: Any, given: dict[str, Any]) -> None:
+    """Take the labels from the arguments of a forward, but do what else it does because of them."""
+    labels = given.pop("labels", None)
+    given.pop("shift_labels", None)
+    inputs = (given.get("decoder_input_ids"), given.get("decoder_inputs_embeds"))
+    if getattr(model.config, "is_encoder_decoder", False) and inputs == (None, None):
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    given.setdefault("use_cache", False)
+
+
+def _hollow(
+    module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, inputs: list[Any]
+) -> Any:
     """`module` in training mode with stubs for all below it but those on the path to the head."""
     children: dict[str, Any] = {}
     for name, child in module._modules.items():
         if child is None:
             children[name] = None
         elif name != path[0]:
-            children[name] = _Stub(child, hidden)
+            children[name] = _Stub(child, hidden, inputs)
         elif len(path) == 1:
-            children[name] = _Stub(child, z)
+            children[name] = _Stub(child, z, [])
         else:
-            children[name] = _hollow(child, path[1:], z, hidden)
+            children[name] = _hollow(child, path[1:], z, hidden, inputs)
     shell = object.__new__(type(module))
     hooks: dict[str, Any] = {name: {} for name in vars(module) if name.endswith("_hooks")}
     vars(shell).update(vars(module), **hooks, _modules=children, training=True)
+    vars(shell).pop("forward", None)  # Accelerate's, bound to the module itself
     return shell
+
+
+def _check_same_inputs(model: nn.Module, own: list[Any], withheld: list[Any]) -> None:
+    """Refuse a model that makes more of its labels than `withhold_labels` does."""
+
+    def tensors(calls: list[Any]) -> list[dict[Any, Tensor]]:
+        named = ({**dict(enumerate(args)), **kwargs} for args, kwargs in calls)
+        return [{k: v for k, v in call.items() if isinstance(v, Tensor)} for call in named]
+
+    a, b = tensors(own), tensors(withheld)
+    if len(a) != len(b) or any(
+        x.keys() != y.keys() or not all(torch.equal(x[name], y[name]) for name in x)
+        for x, y in zip(a, b, strict=True)
+    ):
+        raise refusal(
+            model,
+            "it computes its loss itself, and more than its decoder_input_ids depends on the labels",
+            "Train this model without the patch",
+        )
 
 
 def _check_loss_function(model: Any, call: _LossCall, labels: Tensor) -> bool:
@@ -292,7 +395,7 @@ def _check_loss_function(model: Any, call: _LossCall, labels: Tensor) -> bool:
 
     Refuses a model whose loss is not the cross-entropy of its tokens.
     """
-    remedy = "patch_model would replace its loss by one that differs; train it without the patch"
+    remedy = "The patch would replace its loss by one that differs; train it without the patch"
     if not isinstance(call.labels, Tensor) or not torch.equal(call.labels.cpu(), labels):
         raise refusal(model, "the labels do not reach its loss_function unchanged", remedy)
     logits = torch.randn(*labels.shape, 5, generator=torch.Generator().manual_seed(0))
@@ -322,7 +425,10 @@ def _check_own_loss(model: Any, call: _LossCall, labels: Tensor) -> bool:
         raise refusal(model, reason, remedy)
     seq2seq = getattr(model.config, "is_encoder_decoder", False)
     if seq2seq and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        reason = "it makes decoder inputs of its labels, but has no prepare_decoder_input_ids_from_labels"
+        reason = (
+            "it makes the inputs of its decoder from the labels inside its forward, and has no "
+            "prepare_decoder_input_ids_from_labels with which patch_model could"
+        )
         raise refusal(model, reason, remedy)
     return _shifts(model, call.loss, call.logits, labels)
 
@@ -336,7 +442,7 @@ def _shifts(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> b
         f"its loss is {loss:.6g} where the cross-entropy is {wants[0]:.6g} (with shifted labels) "
         f"or {wants[1]:.6g}"
     )
-    remedy = "patch_model would replace its loss by one that differs; train it without the patch"
+    remedy = "The patch would replace its loss by one that differs; train it without the patch"
     raise refusal(model, reason, remedy)
 
 
@@ -382,6 +488,9 @@ def _explain(model: nn.Module, logits: Tensor, z: Tensor) -> tuple[float, float 
     if scale <= 0 or len(unexplained):
         row, position, entry = unexplained[0].tolist() if len(unexplained) else (0, 0, 0)
         at = (row, position, entry)
+        if logits[at] < -1e30 < z[at]:
+            reason = f"it masks vocabulary entry {entry} out before its loss"
+            raise refusal(model, reason, "Train this model without the patch")
         reason = (
             f"the output {z[at]:.6g} of its head reaches the loss as {logits[at]:.6g} (batch row "
             f"{row}, position {position}, vocabulary entry {entry}), which no scale and softcap "

@@ -22,6 +22,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,18 @@ from torch import Tensor, nn
 
 from ..ops import linear_cross_entropy
 from ..ops.checks import is_dtensor
-from .heads import HeadTransform, language_model, output_heads, probe_head, refusal
+from .heads import (
+    BOUND_FORWARDS,
+    HeadTransform,
+    inner_heads,
+    intercepts_linear,
+    is_own_forward,
+    language_model,
+    output_heads,
+    probe_head,
+    refusal,
+    withhold_labels,
+)
 
 _IGNORE_INDEX = -100  # of transformers' losses
 
@@ -103,7 +115,7 @@ def patch_model(
     if state is None:
         for head in output_heads(inner):
             _become(head, _loss_head(_original_class(head)))
-            if "forward" in vars(head):
+            if "forward" in vars(head) and is_dtensor(head.weight):
                 vars(head)["_levelhead_forward"] = vars(head).pop("forward")
         _become(inner, _patched_class(_original_class(inner)))
     vars(inner)["_levelhead"] = _PatchState(
@@ -131,11 +143,17 @@ def _unpatch(model: Any) -> None:
             f"unpatch_model cannot find {original.__name__} under {type(model).__name__}, a class "
             "that the model was given after patch_model; unpatch it before fully_shard"
         )
-    for module in model.modules():
-        if isinstance(module, LossHead):
-            _become(module, _original_class(module))
-            if "_levelhead_forward" in vars(module):
-                vars(module)["forward"] = vars(module).pop("_levelhead_forward")
+    heads = [module for module in model.modules() if isinstance(module, LossHead)]
+    for head in heads:
+        if type(head) is not _loss_head(_original_class(head)):
+            raise ValueError(
+                f"unpatch_model finds a head of class {type(head).__name__}, which it was given "
+                "after patch_model; undo that first (a parametrisation, or fully_shard)"
+            )
+    for head in heads:
+        _become(head, _original_class(head))
+        if "_levelhead_forward" in vars(head):
+            vars(head)["forward"] = vars(head).pop("_levelhead_forward")
     _become(model, original)
     del vars(model)["_levelhead"]
 
@@ -146,7 +164,11 @@ def _original_class(model: Any) -> Any:
 
 
 def _become(module: Any, cls: Any) -> None:
+    """Change the class of a module, and with it the forward that Accelerate's hooks call."""
+    bound = [name for name in BOUND_FORWARDS if is_own_forward(module, vars(module).get(name))]
     module.__class__ = cls
+    for name in bound:
+        vars(module)[name] = MethodType(cls.forward, module)
 
 
 @dataclass(frozen=True)
@@ -304,6 +326,11 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: _LossCall) -> Tensor:
         )
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
+    if intercepts_linear(weight):
+        raise RuntimeError(
+            f"the weight of the patched head is a {type(weight).__name__} now, which multiplies in "
+            "its own way: it was quantised after patch_model. Keep the head out of quantisation"
+        )
     vocab_size = call.transform.vocab_size
     if vocab_size is not None:
         if is_dtensor(weight):
@@ -418,6 +445,7 @@ def _loss_call(
             "a patched model does not run under torch.nn.DataParallel, whose threads would share "
             "one training call; use torch.nn.parallel.DistributedDataParallel"
         )
+    _check_heads(model)
     if target is None:
         shift = state.transform.shift
         target = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:] if shift else labels
@@ -429,6 +457,19 @@ def _loss_call(
         given.get("num_items_in_batch"),
         keep_logits=not skip_logits,
     )
+
+
+def _check_heads(model: nn.Module) -> None:
+    """Refuse a head that was replaced or wrapped since it was patched: it may give other logits."""
+    for head in inner_heads(model):
+        if not isinstance(head, LossHead):
+            raise RuntimeError(
+                f"the head of the patched {type(model).__name__} is a {type(head).__name__} now: it "
+                "was replaced or wrapped after patch_model (by an adapter, quantisation or "
+                "resize_token_embeddings), and the loss would be another. Undo that, or call "
+                "unpatch_model and patch_model again; to train the head beside an adapter, list it "
+                "in modules_to_save"
+            )
 
 
 def _warn_of_missing_labels(model: nn.Module) -> None:
@@ -448,7 +489,13 @@ def _train(model: Any, call: _LossCall, forward: Callable[..., Any], given: dict
     return_dict = given.pop("return_dict", None)
     own_loss = call.transform.own_loss
     if own_loss:
-        _withhold_labels(model, given)
+        if given.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
+            raise RuntimeError(
+                f"{type(model).__name__} adds its router losses where it computes its loss by "
+                "itself, which the patch does in its place. Use output_router_logits=False, or "
+                "unpatch_model"
+            )
+        withhold_labels(model, given)
     elif given.get("labels") is None:
         given["labels"] = call.target  # without labels no model asks for its loss
     output = _run(call, forward, model, **given, return_dict=True)
@@ -465,13 +512,3 @@ def _train(model: Any, call: _LossCall, forward: Callable[..., Any], given: dict
     if return_dict is None:
         return_dict = model.config.return_dict
     return output if return_dict else output.to_tuple()
-
-
-def _withhold_labels(model: Any, given: dict[str, Any]) -> None:
-    """Take the labels from the arguments of a forward, but do what else it does because of them."""
-    labels = given.pop("labels", None)
-    given.pop("shift_labels", None)
-    inputs = (given.get("decoder_input_ids"), given.get("decoder_inputs_embeds"))
-    if getattr(model.config, "is_encoder_decoder", False) and inputs == (None, None):
-        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    given.setdefault("use_cache", False)
