@@ -1,21 +1,25 @@
 """The `levelhead` command. One file per verb; each imports its optional packages when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from levelhead import __version__
 
-from . import demo
+from . import demo, doctor, sft
 from .errors import CliError
 
-_VERBS = (demo,)
+_VERBS = (demo, sft, doctor)
 _EPILOG = """\
-example:
+examples:
   levelhead demo --seeds 1
+  levelhead sft tiny questions.jsonl --output run
+  levelhead doctor
 
 exit codes:
   0    done
+  1    doctor: a result is wrong on this machine; elsewhere an error with a traceback
   2    wrong arguments, unusable input, or a missing optional package; stderr says which
   130  interrupted
 """
@@ -37,12 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except CliError as error:
-        sys.stderr.write(f"levelhead {arguments.verb}: error: {error}\n")
-        return 2
+        _say(arguments.verb, f"error: {error}")
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write(f"levelhead {arguments.verb}: interrupted\n")
+        _say(arguments.verb, "interrupted")
         return 130
     return 0
+
+
+def _say(verb: str, message: str) -> None:
+    """Prints to stderr; of several processes under a launcher, one is enough."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"levelhead {verb}: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"levelhead {__version__}")
+    # What the launcher of DeepSpeed puts before our arguments; the environment says it too.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in _VERBS:
         verb.add_parser(verbs)

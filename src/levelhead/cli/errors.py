@@ -4,7 +4,15 @@ from collections.abc import Set
 
 
 class CliError(Exception):
-    """A problem to print without a traceback: what is wrong, and what to do. Exit code 2."""
+    """A problem to print without a traceback: what is wrong, and what to do."""
+
+    exit_code = 2
+
+
+class WrongResultError(CliError):
+    """Levelhead computes something wrong on this machine."""
+
+    exit_code = 1
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str, packages: Set[str]) -> Exception:

@@ -99,7 +99,7 @@ def text_field(row: dict[str, Any], field: str) -> str:
     """The text in a field of a row.
 
     Raises:
-        ValueError: It is missing, not a string or blank.
+        ValueError: It is missing, not a string, blank or not Unicode.
     """
     if field not in row:
         raise ValueError(f'"{field}" is missing')
@@ -108,6 +108,12 @@ def text_field(row: dict[str, Any], field: str) -> str:
         raise ValueError(f'"{field}" is not a string but {json_type(text)}')
     if not text.strip():
         raise ValueError(f'"{field}" is empty')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what no UTF-8 holds
+        raise ValueError(
+            f'"{field}" has half a surrogate pair at character {error.start + 1}'
+        ) from error
     return text
 
 

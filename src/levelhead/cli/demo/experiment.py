@@ -1,6 +1,5 @@
 """The demo from end to end: read, train, measure, show, write."""
 
-import json
 import os
 import platform
 import time
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import levelhead
 
-from ..errors import CliError
+from ..output import make_folder, write_json
 from .data import (
     IGNORE_INDEX,
     Tokens,
@@ -57,7 +56,7 @@ def experiment(data: Path | None, smoothing: float, seeds: int, output: Path) ->
     began = time.perf_counter()
     console = Console()
     task = _prepare(data, smoothing)
-    _make_folder(output)
+    make_folder(output)
     console.print(_introduction(task))
     results = _describe(task)
     pooled: dict[str, list[Answers]] = {"dense": [], "fused": []}
@@ -72,7 +71,7 @@ def experiment(data: Path | None, smoothing: float, seeds: int, output: Path) ->
     results["wall_seconds"] = time.perf_counter() - began
     console.print(table(results), notes(results), sep="\n")
     draw_reliability(pooled, results, output / "reliability.png")
-    (output / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_json(output / "results.json", results)
     console.print(
         f"\n{results['wall_seconds']:.0f} seconds. Reliability diagram and all numbers:\n"
         f"  [bold]{escape(str(output / 'reliability.png'))}[/]\n"
@@ -94,15 +93,6 @@ def _prepare(data: Path | None, smoothing: float) -> _Task:
         recipe=Recipe(),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CliError(f"cannot make the folder {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise CliError(f"cannot write to the folder {path}; name another one with --output")
 
 
 def _introduction(task: _Task) -> str:

@@ -27,8 +27,8 @@ rows of DATA, one a line in JSON lines, or columns of the same names:
   {"prompt": "the capital of France is", "completion": " Paris"}
   {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-DIR receives the model, its tokenizer, summary.json and checkpoints. The model stays
-untouched and nothing is trained if any row is bad.
+DIR receives the model, its tokenizer, summary.json and checkpoints. If any row is bad,
+nothing is trained: all are counted, and the first twenty named with the reason.
 """
 
 
@@ -82,7 +82,13 @@ def _add_data(group: Any) -> None:
         "--dataset-split",
         default="train",
         metavar="NAME",
-        help="of a data set given by name (default: %(default)s)",
+        help="of a data set given by name, for example train[:95%%] (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval-split",
+        default="test",
+        metavar="NAME",
+        help="of --eval, if it is a data set given by name (default: %(default)s)",
     )
 
 

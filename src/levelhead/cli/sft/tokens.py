@@ -81,9 +81,7 @@ def _encode_marked(chat: Chat, tokenizer: Any) -> Tokens:
         chat.messages, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    return Tokens(
-        ids, [i if own else IGNORE_INDEX for i, own in zip(ids, mask, strict=True)]
-    )
+    return Tokens(ids, [i if own else IGNORE_INDEX for i, own in zip(ids, mask, strict=True)])
 
 
 def _encode_by_prefixes(chat: Chat, tokenizer: Any) -> Tokens:

@@ -1,0 +1,89 @@
+"""From rows to a memory-mapped table of tokens, made once however many processes train."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..errors import CliError
+from ..rows import usable
+from .data import HINT, Chat, Pair, Source, example
+from .tokens import Tokens
+
+_ROWS_AT_A_TIME = 1000
+_SCHEMA = pa.schema({field: pa.list_(pa.int32()) for field in Tokens._fields})
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    cut: int = 0  # rows that lost their end to --max-length
+    left_out: int = 0  # rows that lost all that has a loss, and are not among `rows`
+    tokens: int = 0
+    supervised: int = 0  # tokens with a loss
+    longest: int = 0
+    digest: str = ""  # of all tokens and labels, in their order
+
+
+def prepare(
+    source: Source, encode: Callable[[Pair | Chat], Tokens], *, max_length: int, path: Path
+) -> Counts:
+    """Writes the tokens of every row to `path`, an Arrow stream of Tokens; on failure, nothing.
+
+    Raises:
+        CliError: A row is bad, or none is left to train on.
+    """
+
+    def parse(row: Any) -> Tokens:
+        tokens = encode(example(source.parse(row)))
+        if not tokens.supervised:
+            raise ValueError("the tokenizer makes no token with a loss of it")
+        return tokens
+
+    counts = Counts()
+    rows = usable(source.rows, parse, source=source.name, unit=source.unit, hint=HINT)
+    kept = _cut(rows, max_length, counts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+            while chunk := list(islice(kept, _ROWS_AT_A_TIME)):
+                columns = [list(column) for column in zip(*chunk, strict=True)]
+                arrays = [pa.array(column, pa.list_(pa.int32())) for column in columns]
+                writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+        if not counts.rows:
+            raise CliError(_nothing_left(source, counts, max_length))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    with path.open("rb") as file:
+        counts.digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return counts
+
+
+def _cut(rows: Iterator[Tokens], max_length: int, counts: Counts) -> Iterator[Tokens]:
+    for row in rows:
+        tokens = row.cut(max_length)
+        if not tokens.supervised:
+            counts.left_out += 1
+            continue
+        counts.rows += 1
+        counts.cut += len(row.input_ids) > max_length
+        counts.tokens += len(tokens.input_ids)
+        counts.supervised += tokens.supervised
+        counts.longest = max(counts.longest, len(tokens.input_ids))
+        yield tokens
+
+
+def _nothing_left(source: Source, counts: Counts, max_length: int) -> str:
+    if not counts.left_out:
+        return f"{source.name} has no rows"
+    return (
+        f"the completion of every row of {source.name} lies beyond token {max_length}; "
+        "raise --max-length"
+    )

@@ -1,0 +1,153 @@
+"""What `levelhead sft` is about to do, and what came of it."""
+
+import argparse
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.markup import escape
+from rich.table import Table
+
+import levelhead
+from levelhead.ops.chunked import buffer_budget
+
+from .preparation import Counts
+
+_MIB = 2**20
+_HOW = (
+    "reckoned, not measured, for the largest batch on one device. Dense: its positions x "
+    "vocabulary x (logits in the dtype of the computation, their float32 copy where that is "
+    "narrower, and their float32 gradient). Levelhead: the most that its buffers of logits may take"
+)
+
+
+def introduction(
+    arguments: argparse.Namespace, counts: dict[str, Counts], checkpoint: Path | None
+) -> str:
+    """The data as the model will see it, and where training starts."""
+    lines = []
+    for name, label in (("data", "Training"), ("eval", "Evaluation")):
+        if name in counts:
+            source, count = vars(arguments)[name], counts[name]
+            lines.append(
+                f"{label}: {count.rows:,} rows of {escape(source)}, {count.tokens:,} tokens, "
+                f"{count.supervised:,} of them with a loss; the longest row has {count.longest:,}."
+            )
+            lines += _cuts(count, arguments.max_length)
+    if checkpoint is not None:
+        lines.append(f"Going on from {escape(str(checkpoint))}.")
+    elif arguments.resume:
+        lines.append("There is no whole checkpoint yet: starting from the beginning.")
+    return "\n".join(lines) + "\n"
+
+
+def _cuts(count: Counts, max_length: int) -> list[str]:
+    lines = []
+    if count.cut:
+        lines.append(f"  {count.cut:,} rows were cut to {max_length:,} tokens (--max-length).")
+    if count.left_out:
+        lines.append(
+            f"  {count.left_out:,} more rows were left out: no token of their completion lies "
+            f"within {max_length:,} tokens (--max-length)."
+        )
+    return lines
+
+
+def summarise(
+    arguments: argparse.Namespace,
+    trainer: Any,
+    counts: dict[str, Counts],
+    positions: int,
+    tokens: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """What goes into summary.json.
+
+    Args:
+        arguments: The command line.
+        trainer: After training.
+        counts: What became of the rows of "data" and "eval".
+        positions: Of the largest batch on one device.
+        tokens: That were trained on in `seconds`; fewer than in all if the run was resumed.
+        seconds: Duration of training, evaluation and checkpoints included.
+    """
+    state = trainer.state
+    return {
+        "levelhead": levelhead.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": trainer.args.device.type,
+        "processes": trainer.args.world_size,
+        "settings": _settings(arguments, trainer.args),
+        "rows": {name: vars(count) for name, count in counts.items()},
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "loss": _first_and_last("loss", state),
+        "eval_loss": _first_and_last("eval_loss", state),
+        "tokens": state.num_input_tokens_seen,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "logits": _logits(trainer, positions),
+    }
+
+
+def _settings(arguments: argparse.Namespace, options: Any) -> dict[str, Any]:
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name not in ("verb", "run", "local_rank")
+    }
+    return settings | {"learning_rate": options.learning_rate}
+
+
+def _first_and_last(key: str, state: Any) -> dict[str, float] | None:
+    """None without any; JSON has no NaN."""
+    losses = [entry[key] for entry in state.log_history if math.isfinite(entry.get(key, math.nan))]
+    return {"first": losses[0], "last": losses[-1]} if losses else None
+
+
+def _logits(trainer: Any, positions: int) -> dict[str, Any]:
+    head = trainer.model.get_output_embeddings()
+    entries = positions * head.out_features
+    narrow = trainer.args.bf16
+    dense = entries * (2 + 4 + 4 if narrow else 4 + 4)
+    return {
+        "positions": positions,
+        "vocabulary": head.out_features,
+        "dense_bytes": dense,
+        "levelhead_bytes": min(buffer_budget(head.weight), 4 * entries),
+        "how": _HOW,
+    }
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary, for the terminal."""
+    logits = summary["logits"]
+    dense, ours = logits["dense_bytes"], logits["levelhead_bytes"]
+    title = f"{summary['steps']:,} steps, {summary['epochs']:.3g} epochs"
+    view = Table(title=title, title_justify="left", show_header=False)
+    view.add_row("training loss, smoothed (nats)", _change(summary["loss"]))
+    view.add_row("evaluation loss (nats)", _change(summary["eval_loss"]))
+    view.add_row("tokens", f"{summary['tokens']:,}")
+    view.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    view.add_row("time (s)", f"{summary['seconds']:.1f}")
+    view.add_row("memory of the logits, dense (MiB)", f"{dense / _MIB:,.1f}")
+    view.add_row("with levelhead, at most (MiB)", f"{ours / _MIB:,.1f}")
+    view.add_row("saved (MiB)", f"{(dense - ours) / _MIB:,.1f}")
+    return view
+
+
+def notes(summary: dict[str, Any]) -> str:
+    """What exactly the table shows, to be printed below it."""
+    return (
+        "Losses are the first and the last that were logged; the evaluation loss is not smoothed. "
+        f"Memory is {summary['logits']['how']}."
+    )
+
+
+def _change(losses: dict[str, float] | None) -> str:
+    return "none" if losses is None else f"{losses['first']:.4g} -> {losses['last']:.4g}"
