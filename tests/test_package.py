@@ -59,17 +59,29 @@ def test_the_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
 
 def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path) -> None:
     failed = [line.split() for line in _run(fresh / "python", "-c", _IMPORT_ALL).splitlines()]
-    assert all(module.startswith("levelhead.cli.demo.") for module, _ in failed)
-    assert {package for _, package in failed} <= {"matplotlib", "rich", "transformers"}
+    optional = ("levelhead.cli.demo.", "levelhead.cli.sft.", "levelhead.integrations.transformers")
+    assert all(module.startswith(optional) for module, _ in failed)
+    packages = {"datasets", "matplotlib", "pyarrow", "rich", "safetensors", "transformers"}
+    assert {package for _, package in failed} <= packages
 
 
-def test_a_missing_extra_names_the_command_that_mends_it(fresh: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "extra"),
+    [("demo", "demo"), ("sft tiny rows.jsonl --output trained", "sft"), ("doctor", "cli")],
+)
+def test_a_missing_extra_names_the_command_that_mends_it(
+    fresh: Path, verb: str, extra: str
+) -> None:
     environment = {**os.environ, "COLUMNS": "200"}
     run = subprocess.run(
-        [fresh / "levelhead", "demo"], capture_output=True, text=True, env=environment, check=False
+        [fresh / "levelhead", *verb.split()],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert run.returncode == 2
-    assert "pip install 'levelhead[demo]'" in run.stderr
+    assert f"pip install 'levelhead[{extra}]'" in run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -83,7 +95,7 @@ def test_the_operator_runs(fresh: Path) -> None:
 
 
 def test_every_module_imports_with_them(fresh: Path, wheel: Path) -> None:
-    """Runs last: it installs the extra that the others must do without."""
+    """Runs last: it installs the extras that the others must do without."""
     pip = [fresh / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
-    _run(*pip, f"{wheel}[demo]")
+    _run(*pip, f"{wheel}[demo,sft]")
     assert _run(fresh / "python", "-c", _IMPORT_ALL) == ""
