@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/levelhead demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]  # one build for all of them
+pytestmark = pytest.mark.slow  # one build for all of them
 
 _IMPORT_ALL = """
 import importlib, pkgutil, levelhead

@@ -7,7 +7,7 @@ Starting Python with torch and transformers takes seconds, so one launch runs ma
         torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
         run_scenarios({"first": first, "second": second})  # functions without arguments
 
-    # test_it.py, with pytestmark = pytest.mark.xdist_group("it"): one launch under xdist
+    # test_it.py, which `--dist loadfile` keeps on one worker: one launch
     @pytest.fixture(scope="module")
     def results():
         return launch(Path(__file__).with_name("worker.py"), "first", "second")

@@ -12,7 +12,6 @@ MISSING = [name for name in ("deepspeed", "peft") if importlib.util.find_spec(na
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}"),
     pytest.mark.slow,  # a launch takes more than ten seconds
-    pytest.mark.xdist_group("deepspeed"),
 ]
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 STAGES = range(4)

@@ -13,7 +13,7 @@ from tests.distributed.problem import assert_same_run, batches, one_process
 from tests.integrations.tiny_models import dense_loss, tiny, transformers
 
 # One launch for two ranks, one for four.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tensor_parallel")]
+pytestmark = pytest.mark.slow
 # Before, transformers gathered the output of a head only where all its parts are of one size.
 UNEVEN = Version(transformers.__version__) >= Version("5.23")
 ON_TWO = [name for name in worker.SCENARIOS if name != "with FSDP" and (UNEVEN or name != "uneven")]

@@ -201,7 +201,9 @@ def _inner_heads(head: nn.Module) -> Iterator[nn.Module]:
 
 def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
     """The head as the linear layer that it is, or else a refusal."""
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+    # A head may be patched already, as one that compiled regions share with their original.
+    own = getattr(type(head), "_levelhead_original", type(head))
+    if getattr(own, "forward", None) is not nn.Linear.forward:
         raise refusal(
             model,
             f"its head {path} is a {type(head).__name__}, not a plain torch.nn.Linear",

@@ -237,8 +237,8 @@ class _LossCall:
             count = count.to(target.device)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
-        # At least 1: no valid token means loss 0, where 0 / 0 would poison every rank with NaN.
-        return self.factor / items.clamp(min=1)
+        # No valid token means loss 0, where 0 / 0 would poison every rank with NaN.
+        return self.factor / items.where(items > 0, 1)
 
     def hand_back(self, logits: Tensor) -> Tensor:
         """The loss, for `logits` that are what the model made of the head's output."""

@@ -1,0 +1,33 @@
+"""Under DistributedDataParallel the ranks together take the steps of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.distributed.ddp_worker import SCENARIOS
+from tests.distributed.launch import launch, outcome
+from tests.distributed.problem import assert_same_run, one_process
+
+# One launch for all of them.
+pytestmark = pytest.mark.slow
+OPTIONS = {
+    "tied": {"tie_word_embeddings": True},
+    "compiled": {"intermediate_size": 3000},
+    "compiled by inductor": {"num_hidden_layers": 1, "dtype": torch.float32},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    worker = Path(__file__).with_name("ddp_worker.py")
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return launch(worker, *SCENARIOS, env={"CHECKPOINTS": str(folder)})
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_three_steps_equal_those_of_one_process(results, scenario):
+    want = one_process(**OPTIONS.get(scenario, {}))
+    # float32: losses of 4, and parameters below 1 after steps of 0.3 times gradients of 0.1
+    atol = 2e-6 if scenario == "compiled by inductor" else 1e-12
+    for run in outcome(results, scenario):
+        assert_same_run(run, want, atol)
