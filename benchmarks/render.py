@@ -1,4 +1,7 @@
-"""Write the figures of the README from results/: `python -m benchmarks.render`; a test fails when they differ."""
+"""Write the README's figures from results/, and where it works from the tests: `python -m benchmarks.render`.
+
+A test fails when they differ.
+"""
 
 import json
 import re
@@ -9,6 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+ARCHITECTURES = README.with_name("tests") / "integrations" / "architectures.json"
 Results = dict[str, Any]
 
 
@@ -16,7 +20,12 @@ def render(readme: str) -> str:
     """Return the README with each block between `<!-- name -->` and `<!-- /name -->` made anew."""
     files = ("cpu.json", "demo/results.json")
     cpu, demo = (json.loads((RESULTS / name).read_text()) for name in files)
-    blocks = {"headline": headline(cpu), "benchmark": benchmark(cpu), "demo": demonstration(demo)}
+    blocks = {
+        "headline": headline(cpu),
+        "benchmark": benchmark(cpu),
+        "demo": demonstration(demo),
+        "works": works(json.loads(ARCHITECTURES.read_text())),
+    }
     for name, text in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(readme):
@@ -88,6 +97,60 @@ def demonstration(results: Results) -> str:
             f"{results['cpu_count']} CPU cores (`benchmarks/results/demo/results.json`).",
         ]
     )
+
+
+def works(table: Results) -> str:
+    """Return where a patched model was held against an unpatched one: in the sweep, and in several processes."""
+    lines = ["| where | held against dense label smoothing | in |", "|---|---|---|"]
+    rows = [*_architectures(table["architectures"]), *_engines()]
+    for where, what, test in rows:
+        lines.append(f"| {where} | {what} | `tests/{test}.py` |")
+    return "\n".join(lines)
+
+
+def _architectures(table: Results) -> list[tuple[str, str, str]]:
+    groups = {
+        "AutoModelForCausalLM": "causal-lm/",
+        "AutoModelForSeq2SeqLM": "seq2seq/",
+        "AutoModelForImageTextToText": "image-text/",
+    }
+    lines = []
+    for name, group in groups.items():
+        outcomes = [row["outcome"] for key, row in table.items() if key.startswith(group)]
+        matched, refused, unknown = map(outcomes.count, ("matched", "refused", "not built"))
+        what = (
+            f"{matched} of {len(outcomes)} architectures; {refused} refused, {unknown} not checked"
+        )
+        lines.append((f"`{name}`", what, "integrations/test_architectures"))
+    return lines
+
+
+def _engines() -> list[tuple[str, str, str]]:
+    from tests.distributed import accelerate_worker, test_ddp, test_deepspeed, test_fsdp
+    from tests.distributed import test_tensor_parallel as tensor_parallel
+
+    stages: dict[str, list[str]] = {}
+    for name in [*test_deepspeed.RUNS, *test_deepspeed.RESUMED, *test_deepspeed.THROUGH_TRAINER]:
+        what, _, stage = name.partition("ZeRO-")
+        stages.setdefault(what.removesuffix(", "), []).extend(stage)
+    deepspeed = [f"{what} ZeRO {'/'.join(on)}" if on else what for what, on in stages.items()]
+    prepared = [*accelerate_worker.SCENARIOS, *accelerate_worker.DEEPSPEED]
+    kinds = ("DDP", "FSDP2", "ZeRO")
+    accelerate = [name for name in prepared if name.startswith(kinds) and "prepared" not in name]
+    scenarios = {
+        "DDP": (test_ddp.SCENARIOS, "ddp"),
+        "FSDP1, FSDP2": (test_fsdp.SCENARIOS, "fsdp"),
+        "Accelerate": (accelerate, "accelerate"),
+        "DeepSpeed": (deepspeed, "deepspeed"),
+        "tensor parallelism": (
+            dict.fromkeys([*tensor_parallel.ON_TWO, *tensor_parallel.ON_FOUR]),
+            "tensor_parallel",
+        ),
+    }
+    return [
+        (where, "; ".join(names).strip(), f"distributed/test_{test}")
+        for where, (names, test) in scenarios.items()
+    ]
 
 
 def _row(
