@@ -201,12 +201,14 @@ def test_a_wrapped_model():
 
 def test_autocast_within_the_forward_is_seen():
     accelerate = pytest.importorskip("accelerate")
+    reset = accelerate.state.AcceleratorState._reset_state  # shared by the process, and its tests
+    reset(reset_partial_state=True)
     try:
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
         model = accelerator.prepare(patch_model(tiny(dtype=torch.float32)))
         result = check_patch(model, batch())
     finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        reset(reset_partial_state=True)
     assert result.dtype == torch.bfloat16
     assert result.ok
 

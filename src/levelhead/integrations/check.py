@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import language_model
-from .patch import _IGNORE_INDEX, LossHead, _PatchState, _state, patch_model, unpatch_model
+from .patch import IGNORE_INDEX, LossHead, PatchState, patch_model, patch_state, unpatch_model
 
 _SUM_ROUNDINGS = 1024  # what a sum of a million terms may lose: the square root of their number
 _LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts
@@ -127,7 +127,7 @@ def check_patch(
     if smoothing is not None and not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}; a common choice is 0.1")
     inner = language_model(model)
-    before = _state(inner)
+    before = patch_state(inner)
     if before is None:
         patch_model(model)
     patch = before or vars(inner)["_levelhead"]
@@ -172,7 +172,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _compare(
-    model: nn.Module, inner: nn.Module, patch: _PatchState, batch: dict[str, Any]
+    model: nn.Module, inner: nn.Module, patch: PatchState, batch: dict[str, Any]
 ) -> PatchCheck:
     dense = _dense_step(model, inner, patch, batch)
     vars(inner)["_levelhead"] = patch
@@ -214,7 +214,7 @@ class _DenseStep:
 
 
 def _dense_step(
-    model: nn.Module, inner: nn.Module, patch: _PatchState, batch: dict[str, Any]
+    model: nn.Module, inner: nn.Module, patch: PatchState, batch: dict[str, Any]
 ) -> _DenseStep:
     del vars(inner)["_levelhead"]  # until the patched step: the classes alone do nothing
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
@@ -238,15 +238,13 @@ def _dense_step(
         raise ValueError(
             f"the unpatched {type(inner).__name__} has a loss of {loss.item():.6g} on this batch, "
             "and no finite gradient to compare with; give a batch with labels other than "
-            f"{_IGNORE_INDEX}, and a model that is trainable and holds finite numbers"
+            f"{IGNORE_INDEX}, and a model that is trainable and holds finite numbers"
         )
     dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return _DenseStep(loss.item(), largest_logit, dtype, gradients, scale)
 
 
-def _dense_loss(
-    model: nn.Module, patch: _PatchState, batch: dict[str, Any]
-) -> tuple[Tensor, float]:
+def _dense_loss(model: nn.Module, patch: PatchState, batch: dict[str, Any]) -> tuple[Tensor, float]:
     """The loss of the unpatched model with dense label smoothing, and its largest logit."""
     labels: Any = batch.get("labels")
     target: Any = batch.get("shift_labels")
@@ -257,13 +255,13 @@ def _dense_loss(
     logits = output.logits[..., : patch.transform.vocab_size]  # (..., T, V)
     if target is None:
         # Prompt tuning puts virtual tokens, without labels, in front.
-        labels = F.pad(labels, (logits.shape[-2] - labels.shape[-1], 0), value=_IGNORE_INDEX)
-        shifted = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:]
+        labels = F.pad(labels, (logits.shape[-2] - labels.shape[-1], 0), value=IGNORE_INDEX)
+        shifted = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         target = shifted if patch.transform.shift else labels
     target = target.flatten().to(logits.device)
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     items = batch.get("num_items_in_batch")
-    items = (target != _IGNORE_INDEX).sum() if items is None else items
+    items = (target != IGNORE_INDEX).sum() if items is None else items
 
     def cross_entropy(logits: Tensor, smoothing: float) -> Tensor:
         total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)

@@ -44,7 +44,7 @@ from .heads import (
     withhold_labels,
 )
 
-_IGNORE_INDEX = -100  # of transformers' losses
+IGNORE_INDEX = -100  # of transformers' losses
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -103,7 +103,7 @@ def patch_model(
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive number, got {number}")
     inner = language_model(model)
-    state = _state(inner)
+    state = patch_state(inner)
     transform = probe_head(inner) if state is None else state.transform
     if softcap is not None and transform.softcap is not None:
         raise refusal(
@@ -114,11 +114,11 @@ def patch_model(
         )
     if state is None:
         for head in output_heads(inner):
-            _become(head, _loss_head(_original_class(head)))
+            _become(head, _loss_head(original_class(head)))
             if "forward" in vars(head) and is_dtensor(head.weight):
                 vars(head)["_levelhead_forward"] = vars(head).pop("forward")
-        _become(inner, _patched_class(_original_class(inner)))
-    vars(inner)["_levelhead"] = _PatchState(
+        _become(inner, _patched_class(original_class(inner)))
+    vars(inner)["_levelhead"] = PatchState(
         transform, smoothing, temperature, softcap, eval_smoothing, eval_logits
     )
     return model
@@ -131,13 +131,13 @@ def unpatch_model(model: ModelT) -> ModelT:
         ValueError: FSDP2 or the like has changed the class of the model since it was patched.
     """
     for module in model.modules():
-        if _state(module) is not None:
+        if patch_state(module) is not None:
             _unpatch(module)
     return model
 
 
 def _unpatch(model: Any) -> None:
-    original = _original_class(model)
+    original = original_class(model)
     if type(model) is not _patched_class(original):
         raise ValueError(
             f"unpatch_model cannot find {original.__name__} under {type(model).__name__}, a class "
@@ -145,20 +145,20 @@ def _unpatch(model: Any) -> None:
         )
     heads = [module for module in model.modules() if isinstance(module, LossHead)]
     for head in heads:
-        if type(head) is not _loss_head(_original_class(head)):
+        if type(head) is not _loss_head(original_class(head)):
             raise ValueError(
                 f"unpatch_model finds a head of class {type(head).__name__}, which it was given "
                 "after patch_model; undo that first (a parametrisation, or fully_shard)"
             )
     for head in heads:
-        _become(head, _original_class(head))
+        _become(head, original_class(head))
         if "_levelhead_forward" in vars(head):
             vars(head)["forward"] = vars(head).pop("_levelhead_forward")
     _become(model, original)
     del vars(model)["_levelhead"]
 
 
-def _original_class(model: Any) -> Any:
+def original_class(model: Any) -> Any:
     """The class of `model` without the patch."""
     return getattr(type(model), "_levelhead_original", type(model))
 
@@ -172,7 +172,7 @@ def _become(module: Any, cls: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _PatchState:
+class PatchState:
     """What a patched model carries in its `__dict__`: what it does with its logits, and options."""
 
     transform: HeadTransform
@@ -190,7 +190,7 @@ class _PatchState:
 
 
 @dataclass
-class _LossCall:
+class LossCall:
     """A forward with labels under way: what its head needs, and the loss the head leaves here."""
 
     transform: HeadTransform
@@ -220,7 +220,7 @@ class _LossCall:
             weight,
             target,
             linear_bias=bias,
-            ignore_index=_IGNORE_INDEX,
+            ignore_index=IGNORE_INDEX,
             label_smoothing=self.smoothing,
             reduction="sum",
             softcap=self.transform.softcap,
@@ -232,7 +232,7 @@ class _LossCall:
 
     def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
         """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
-        count = (target != _IGNORE_INDEX).sum() if self.num_items is None else self.num_items
+        count = (target != IGNORE_INDEX).sum() if self.num_items is None else self.num_items
         if isinstance(count, Tensor):
             count = count.to(target.device)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -260,13 +260,13 @@ class _LossCall:
 
 # The forward under way, if any. A module variable because a deepcopy of the model may copy
 # the head apart from it; not thread-safe, which is why nn.DataParallel is refused.
-_call: _LossCall | None = None
+_call: LossCall | None = None
 
 # Patched models that have warned of a training call without labels.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _run(call: _LossCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(call: LossCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run `forward` as `call`; None hides an outer call from the heads of models inside it."""
     global _call
     outer, _call = _call, call
@@ -316,7 +316,7 @@ def _loss_head(original: Any) -> Any:
     return type(LossHead.__name__, (LossHead, original), namespace)
 
 
-def _head_loss(head: nn.Linear, hidden: Tensor, call: _LossCall) -> Tensor:
+def _head_loss(head: nn.Linear, hidden: Tensor, call: LossCall) -> Tensor:
     """The smoothed cross-entropy of the logits that `head` would give for `hidden` (..., T, D)."""
     target = call.target.to(hidden.device)
     if hidden.shape[:-1] != target.shape:
@@ -344,7 +344,7 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: _LossCall) -> Tensor:
     return call.compute(hidden, weight, bias, target)
 
 
-def _state(model: nn.Module) -> _PatchState | None:
+def patch_state(model: nn.Module) -> PatchState | None:
     """The patch of `model`, if it has one."""
     return vars(model).get("_levelhead")  # not getattr, which a wrapper would forward
 
@@ -363,7 +363,7 @@ def _patched_class(original: Any) -> Any:
         call = None if misused else _loss_call(self, given, skip_logits)
         if call is None:
             return _run(None, original.forward, self, *args, **kwargs)
-        return _train(self, call, original.forward, given)
+        return forward_with_loss(self, call, original.forward, given)
 
     # Not functools.wraps: accelerate's unwrap_model follows __wrapped__ and would drop the patch.
     # Trainer reads the signature to choose columns and to see that the loss takes num_items.
@@ -423,9 +423,9 @@ def _replacement(model: nn.Module, forward: Any) -> Any:
 
 def _loss_call(
     model: nn.Module, given: dict[str, Any], skip_logits: bool | None
-) -> _LossCall | None:
+) -> LossCall | None:
     """What a forward with these arguments must do about its loss; None: what the model does."""
-    state = _state(model)
+    state = patch_state(model)
     labels: Any = given.get("labels")
     target: Any = given.get("shift_labels")
     keep = given.get("logits_to_keep", 0)
@@ -448,8 +448,8 @@ def _loss_call(
     _check_heads(model)
     if target is None:
         shift = state.transform.shift
-        target = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:] if shift else labels
-    return _LossCall(
+        target = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift else labels
+    return LossCall(
         state.training_transform() if model.training else state.transform,
         state.smoothing if model.training else state.eval_smoothing,
         state.temperature if model.training else 1.0,
@@ -484,7 +484,9 @@ def _warn_of_missing_labels(model: nn.Module) -> None:
         )
 
 
-def _train(model: Any, call: _LossCall, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+def forward_with_loss(
+    model: Any, call: LossCall, forward: Callable[..., Any], given: dict[str, Any]
+) -> Any:
     """Run the model's own `forward` as `call`; its output, with the loss, perhaps without logits."""
     return_dict = given.pop("return_dict", None)
     own_loss = call.transform.own_loss

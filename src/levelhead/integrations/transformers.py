@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .patch import _state
+from .patch import patch_state
 
 
 class SmoothingSchedule(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -44,7 +44,7 @@ class SmoothingSchedule(TrainerCallback):  # type: ignore[misc]  # transformers 
     ) -> None:
         """Give the patched model, maybe inside wrappers, a tensor for its smoothing."""
         del args, state, control, kwargs
-        patched = [module for module in model.modules() if _state(module) is not None]
+        patched = [module for module in model.modules() if patch_state(module) is not None]
         if not patched:
             raise ValueError(
                 f"SmoothingSchedule found no patched model in the {type(model).__name__} to be "
@@ -52,7 +52,7 @@ class SmoothingSchedule(TrainerCallback):  # type: ignore[misc]  # transformers 
             )
         self._smoothing = torch.zeros((), device=patched[0].device)
         for module in patched:
-            options: Any = _state(module)
+            options: Any = patch_state(module)
             vars(module)["_levelhead"] = replace(options, smoothing=self._smoothing)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -28,7 +28,14 @@ from ..ops import linear_logit_stats
 from ..ops.checks import check_target_range
 from ..ops.loss import token_loss
 from .heads import language_model
-from .patch import _IGNORE_INDEX, _LossCall, _original_class, _state, _train, patch_model
+from .patch import (
+    IGNORE_INDEX,
+    LossCall,
+    forward_with_loss,
+    original_class,
+    patch_model,
+    patch_state,
+)
 
 TrainerT = TypeVar("TrainerT")
 
@@ -133,7 +140,7 @@ def _answering(model: nn.Module, forward: Any) -> Any:
     fused: Callable[..., Any] = forward.__func__
 
     def answer(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if _state(self) is None:
+        if patch_state(self) is None:
             return fused(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if not fused_lm_head:
             return type(self).forward(self, *args, **kwargs)
@@ -150,7 +157,7 @@ def _per_token(model: Any, given: dict[str, Any]) -> Any:
 
     given["use_cache"] = False
     call = _per_token_call(model, given)
-    output = _train(model, call, _original_class(model).forward, given)
+    output = forward_with_loss(model, call, original_class(model).forward, given)
     # TRL has no entry for the last position, unless it was given the labels shifted.
     width = None if given.get("shift_labels") is not None else -1
     return FusedCausalLMOutput(
@@ -158,16 +165,16 @@ def _per_token(model: Any, given: dict[str, Any]) -> Any:
         log_probs=-call.losses[..., :width],
         entropy=call.entropy[..., :width],
         is_top1=call.is_top1[..., :width],
-        label_mask=(call.target != _IGNORE_INDEX)[..., :width],
+        label_mask=(call.target != IGNORE_INDEX)[..., :width],
         aux_loss=output.get("aux_loss"),
     )
 
 
 def _per_token_call(model: nn.Module, given: dict[str, Any]) -> _PerTokenCall:
-    state: Any = _state(model)
+    state: Any = patch_state(model)
     target: Any = given.get("shift_labels")
     if target is None:
-        target = F.pad(given["labels"], (0, 1), value=_IGNORE_INDEX)[..., 1:]
+        target = F.pad(given["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
     return _PerTokenCall(
         state.training_transform() if model.training else state.transform,
         state.smoothing if model.training else state.eval_smoothing,
@@ -179,7 +186,7 @@ def _per_token_call(model: nn.Module, given: dict[str, Any]) -> _PerTokenCall:
 
 
 @dataclass
-class _PerTokenCall(_LossCall):
+class _PerTokenCall(LossCall):
     """A forward that also leaves the loss of each token, and TRL's metrics of what it trains on."""
 
     losses: Any = None  # (..., T), zero where ignored, like the two below
@@ -190,11 +197,11 @@ class _PerTokenCall(_LossCall):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     ) -> Tensor:
         """The smoothed loss of `hidden` (..., T, D), as TRL sums it; each token's goes to `losses`."""
-        counts = target != _IGNORE_INDEX
+        counts = target != IGNORE_INDEX
         # TRL reads a number off the device each step anyway; a graph cannot have such a shape.
         compact = not torch.compiler.is_compiling()
         ids = target[counts] if compact else target
-        check_target_range(target, len(weight), _IGNORE_INDEX)
+        check_target_range(target, len(weight), IGNORE_INDEX)
         stats = linear_logit_stats(
             hidden[counts] if compact else hidden,
             weight,
