@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> float:
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     # That leaves the head out, on which LoRA is refused. To train it, whole, beside the adapter:
     # modules_to_save=["lm_head"].
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")

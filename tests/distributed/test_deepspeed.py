@@ -116,7 +116,7 @@ def test_a_head_split_by_tensor_parallelism_is_refused_before_and_after_the_patc
         assert messages["patched after"].startswith("ValueError: patch_model cannot serve Llama")
         assert "its head lm_head is a LinearLayer" in messages["patched after"]
         assert messages["patched before"].startswith("RuntimeError: ")
-        assert "the head was replaced or wrapped after patch_model" in messages["patched before"]
+        assert "is a LinearLayer now: it was replaced or wrapped" in messages["patched before"]
 
 
 def test_a_compiled_engine_takes_the_steps_of_one_process(tmp_path):
