@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tests.distributed.launch import TIMEOUT, run_scenarios
 from tests.distributed.problem import Batch, Run, batches, optimizer, part, train, valid_tokens
 from tests.integrations.tiny_models import tiny, transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -53,8 +55,11 @@ def full(tensor: Tensor) -> Tensor:
 def steps(model: nn.Module, loss_of: Callable[[Batch], Tensor] | None = None) -> Run:
     """Three steps; every rank of the group sees the whole batch."""
     losses = train(optimizer(model), batches(), loss_of or (lambda batch: model(**batch).loss))
-    trained = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
-    return {"losses": losses, "parameters": trained}
+    return {"losses": losses, "parameters": trained(model)}
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def loaded(name: str) -> Run:
@@ -64,6 +69,26 @@ def loaded(name: str) -> Run:
 def counted() -> Run:
     model = patch_model(load("llama"), smoothing=0.1)
     return steps(model, lambda b: model(**b, num_items_in_batch=valid_tokens(b)).loss)
+
+
+def resumed() -> Run:
+    """Saved after a step, loaded into other weights, and continued."""
+    folder = Path(os.environ["MODELS"], f"resumed-{dist.get_world_size()}")
+    model = patch_model(load("llama"), smoothing=0.1)
+    descend = optimizer(model)
+    losses = train(descend, batches()[:1], lambda batch: model(**batch).loss)
+    states = get_state_dict(model, descend)
+    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+
+    again = patch_model(load("llama"), smoothing=0.1)
+    for parameter in again.parameters():
+        nn.init.zeros_(parameter)
+    descend = optimizer(again)
+    states = get_state_dict(again, descend)
+    dcp.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+    set_state_dict(again, descend, model_state_dict=states[0], optim_state_dict=states[1])
+    losses += train(descend, batches()[1:], lambda batch: again(**batch).loss)
+    return {"losses": losses, "parameters": trained(again)}
 
 
 def compiled() -> Run:
@@ -158,6 +183,7 @@ STEPS: dict[str, tuple[str, Callable[[], Run]]] = {  # the model, and what train
     **{name: (name, lambda name=name: loaded(name)) for name in MODELS},
     "num_items_in_batch": ("llama", counted),
     "compiled": ("llama", compiled),
+    "resumed": ("llama", resumed),
     "with FSDP": ("llama", with_fsdp),
     **{name: ("phi", lambda layout=layout: of_torch(**layout)) for name, layout in LAYOUTS.items()},
 }
