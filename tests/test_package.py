@@ -59,7 +59,12 @@ def test_the_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
 
 def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path) -> None:
     failed = [line.split() for line in _run(fresh / "python", "-c", _IMPORT_ALL).splitlines()]
-    optional = ("levelhead.cli.demo.", "levelhead.cli.sft.", "levelhead.integrations.transformers")
+    optional = (
+        "levelhead.cli.demo.",
+        "levelhead.cli.progress",
+        "levelhead.cli.sft.",
+        "levelhead.integrations.transformers",
+    )
     assert all(module.startswith(optional) for module, _ in failed)
     packages = {"datasets", "matplotlib", "pyarrow", "rich", "safetensors", "transformers"}
     assert {package for _, package in failed} <= packages

@@ -8,7 +8,7 @@ import torch
 from tests.integrations.tiny_models import FAMILIES, batch, next_tokens, tiny, transformers
 from torch import nn
 
-from levelhead.integrations import patch, patch_model, unpatch_model
+from levelhead.integrations import loss_head, patch_model, unpatch_model
 from levelhead.integrations.check import check_patch
 
 # The dtype of the weights, and that of autocast.
@@ -28,14 +28,14 @@ def _autocast(dtype):
 
 def _break(monkeypatch, change):
     """Give the op of patched models other arguments: `change` edits (tensors, options) in place."""
-    real = patch.linear_cross_entropy
+    real = loss_head.linear_cross_entropy
 
     def broken(hidden, weight, target, **options):
         tensors = {"hidden": hidden, "weight": weight}
         change(tensors, options)
         return real(tensors["hidden"], tensors["weight"], target, **options)
 
-    monkeypatch.setattr(patch, "linear_cross_entropy", broken)
+    monkeypatch.setattr(loss_head, "linear_cross_entropy", broken)
 
 
 def _smooth_more(_tensors, options):
@@ -61,6 +61,14 @@ def test_a_smoothing_of_0_11_for_0_1_is_rejected_in_every_precision(dtype, autoc
     _break(monkeypatch, _smooth_more)
     with _autocast(autocast):
         assert not check_patch(tiny("llama", dtype), batch()).ok
+
+
+def test_float32_shows_a_smoothing_of_0_1002_for_0_1(monkeypatch):
+    def smooth_a_little_more(_tensors, options):
+        options["label_smoothing"] = options["label_smoothing"] * 1.002
+
+    _break(monkeypatch, smooth_a_little_more)
+    assert not check_patch(tiny(dtype=torch.float32), batch()).ok
 
 
 @pytest.mark.parametrize(
@@ -115,9 +123,9 @@ def test_a_gradient_that_is_not_finite_is_rejected(monkeypatch):
 
 
 def test_a_loss_that_is_off_by_itself_is_rejected(monkeypatch):
-    real = patch.linear_cross_entropy
+    real = loss_head.linear_cross_entropy
     monkeypatch.setattr(
-        patch, "linear_cross_entropy", lambda *args, **options: real(*args, **options) + 0.01
+        loss_head, "linear_cross_entropy", lambda *args, **options: real(*args, **options) + 0.01
     )
     result = check_patch(tiny(dtype=torch.float32), batch())
     assert not result.ok

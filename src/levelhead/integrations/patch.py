@@ -6,11 +6,7 @@ pickles, in the modules that accelerate rebuilds and in data-parallel replicas, 
 original there. A class travels with its instance through deepcopy, pickle and `torch.save`, and
 FSDP2, which swaps classes itself, composes with it.
 
-Why the head computes the loss. Inside the call of the head, and only there, FSDP and ZeRO have
-gathered its weight. So the model's forward stashes the labels, the head answers with the loss in
-place of logits, and `loss_function`, which the model's own forward calls next, hands that loss
-back. Whatever else the forward does (a router loss, say) stays its own. A model that computes its
-loss by itself (BART, T5) is run without labels, and the loss set in its output.
+Why the head computes the loss: see loss_head.py.
 """
 
 from __future__ import annotations
@@ -29,22 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import linear_cross_entropy
 from ..ops.checks import is_dtensor
 from .heads import (
     BOUND_FORWARDS,
-    HeadTransform,
     inner_heads,
-    intercepts_linear,
     is_own_forward,
     language_model,
     output_heads,
-    probe_head,
     refusal,
-    withhold_labels,
 )
-
-IGNORE_INDEX = -100  # of transformers' losses
+from .loss_head import IGNORE_INDEX, LossCall, LossHead, current_call, loss_head, run
+from .probe import HeadTransform, probe_head, withhold_labels
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -114,7 +105,7 @@ def patch_model(
         )
     if state is None:
         for head in output_heads(inner):
-            _become(head, _loss_head(original_class(head)))
+            _become(head, loss_head(original_class(head)))
             if "forward" in vars(head) and is_dtensor(head.weight):
                 vars(head)["_levelhead_forward"] = vars(head).pop("forward")
         _become(inner, _patched_class(original_class(inner)))
@@ -145,7 +136,7 @@ def _unpatch(model: Any) -> None:
         )
     heads = [module for module in model.modules() if isinstance(module, LossHead)]
     for head in heads:
-        if type(head) is not _loss_head(original_class(head)):
+        if type(head) is not loss_head(original_class(head)):
             raise ValueError(
                 f"unpatch_model finds a head of class {type(head).__name__}, which it was given "
                 "after patch_model; undo that first (a parametrisation, or fully_shard)"
@@ -189,159 +180,8 @@ class PatchState:
         return replace(own, logit_scale=own.logit_scale / self.temperature, softcap=softcap)
 
 
-@dataclass
-class LossCall:
-    """A forward with labels under way: what its head needs, and the loss the head leaves here."""
-
-    transform: HeadTransform
-    smoothing: float | Tensor
-    factor: float  # on the loss
-    target: Tensor  # (..., T) int64, the token to predict at each position
-    num_items: int | Tensor | None
-    keep_logits: bool
-    loss: Tensor | None = None
-    handed_back: bool = False
-
-    def loss_function(self, logits: Tensor, labels: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """The loss the head left here, in place of one computed from `logits`."""
-        if labels.shape != self.target.shape:
-            raise RuntimeError(
-                f"the model changed the labels from shape {tuple(self.target.shape)} to "
-                f"{tuple(labels.shape)} on the way to its loss; patch_model cannot follow that"
-            )
-        return self.hand_back(logits)
-
-    def compute(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
-    ) -> Tensor:
-        """The smoothed cross-entropy, (), of the logits of `hidden` (..., T, D)."""
-        return linear_cross_entropy(
-            hidden,
-            weight,
-            target,
-            linear_bias=bias,
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=self.smoothing,
-            reduction="sum",
-            softcap=self.transform.softcap,
-            logit_scale=self.transform.logit_scale,
-            # The op takes its gradient in the forward pass and rounds it once to the parameter's
-            # dtype; a division of its result would rescale, and round, that gradient once more.
-            token_weight=self._token_weight(hidden, target),
-        )
-
-    def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
-        count = (target != IGNORE_INDEX).sum() if self.num_items is None else self.num_items
-        if isinstance(count, Tensor):
-            count = count.to(target.device)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
-        # No valid token means loss 0, where 0 / 0 would poison every rank with NaN.
-        return self.factor / items.where(items > 0, 1)
-
-    def hand_back(self, logits: Tensor) -> Tensor:
-        """The loss, for `logits` that are what the model made of the head's output."""
-        stand_in = logits.shape[:-1].numel() == 1  # (1, 1, 1), or a bias (V,) was added to it
-        if self.loss is None or not (self.keep_logits or stand_in):
-            raise RuntimeError(
-                "the loss was asked for, but the patched head did not compute it: the head was "
-                "replaced or wrapped after patch_model (by an adapter, quantisation or "
-                "resize_token_embeddings). Undo that, or call unpatch_model and patch_model again; "
-                "to train the head beside an adapter, list it in modules_to_save"
-            )
-        self.handed_back = True
-        # Adds nothing, but leads the backward pass through whatever became of the head's output:
-        # FSDP and ZeRO gather the head's weight in hooks on that tensor.
-        # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
-        part: Tensor = logits.to_local() if is_dtensor(logits) else logits  # type: ignore[attr-defined]
-        return self.loss + 0.0 * part.reshape(-1)[:1].float().sum()
-
-
-# The forward under way, if any. A module variable because a deepcopy of the model may copy
-# the head apart from it; not thread-safe, which is why nn.DataParallel is refused.
-_call: LossCall | None = None
-
 # Patched models that have warned of a training call without labels.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _run(call: LossCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `forward` as `call`; None hides an outer call from the heads of models inside it."""
-    global _call
-    outer, _call = _call, call
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _call = outer
-
-
-class LossHead(nn.Linear):
-    """The head of a patched model: in a training call its output is the loss, shape (1, 1, 1)."""
-
-    _levelhead_original: type = nn.Linear
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's argument name)
-        """Logits (..., V) for hidden states (..., D) outside a training call, its loss within."""
-        call = _call
-        if call is None:
-            return self._logits(input)
-        if call.loss is not None:
-            raise RuntimeError(
-                "the head was called twice in one training forward, but patch_model knows the "
-                "labels of one call only. Use unpatch_model to train this model"
-            )
-        call.loss = _head_loss(self, input, call)
-        if call.keep_logits:
-            return self._logits(input)
-        # As many dimensions as logits have; no view, because models scale logits in place.
-        loss = call.loss.reshape(1, 1, 1).clone()
-        if is_dtensor(input):  # torch's tensor parallelism: its hooks want in return what they gave
-            whole: Any = input
-            loss = whole.from_local(loss, whole.device_mesh, whole.placements)
-        return loss
-
-    def _logits(self, input: Tensor) -> Tensor:  # noqa: A002
-        # Tensor parallelism sets a forward on the instance, which patch_model has put aside.
-        own: Callable[[Tensor], Tensor] = vars(self).get("_levelhead_forward", super().forward)
-        return own(input)
-
-
-@functools.cache
-def _loss_head(original: Any) -> Any:
-    """`LossHead` for a head of class `original`, `torch.nn.Linear` or what FSDP2 made of it."""
-    if issubclass(LossHead, original):
-        return LossHead
-    namespace = {"_levelhead_original": original}
-    return type(LossHead.__name__, (LossHead, original), namespace)
-
-
-def _head_loss(head: nn.Linear, hidden: Tensor, call: LossCall) -> Tensor:
-    """The smoothed cross-entropy of the logits that `head` would give for `hidden` (..., T, D)."""
-    target = call.target.to(hidden.device)
-    if hidden.shape[:-1] != target.shape:
-        raise ValueError(
-            f"labels of shape {tuple(target.shape)} do not fit hidden states of shape "
-            f"{tuple(hidden.shape)}: there must be one label per position"
-        )
-    weight: Tensor = head.weight
-    bias: Tensor | None = head.bias
-    if intercepts_linear(weight):
-        raise RuntimeError(
-            f"the weight of the patched head is a {type(weight).__name__} now, which multiplies in "
-            "its own way: it was quantised after patch_model. Keep the head out of quantisation"
-        )
-    vocab_size = call.transform.vocab_size
-    if vocab_size is not None:
-        if is_dtensor(weight):
-            raise RuntimeError(
-                f"the loss takes {vocab_size} of the {len(weight)} entries of a tensor-parallel "
-                "head, which patch_model cannot cut without gathering it. Train this model without "
-                "tensor parallelism of its head"
-            )
-        weight = weight[:vocab_size]
-        bias = None if bias is None else bias[:vocab_size]
-    return call.compute(hidden, weight, bias, target)
 
 
 def patch_state(model: nn.Module) -> PatchState | None:
@@ -362,7 +202,7 @@ def _patched_class(original: Any) -> Any:
         misused = len(given) < len(args) + len(kwargs)  # left to Python's own TypeError
         call = None if misused else _loss_call(self, given, skip_logits)
         if call is None:
-            return _run(None, original.forward, self, *args, **kwargs)
+            return run(None, original.forward, self, *args, **kwargs)
         return forward_with_loss(self, call, original.forward, given)
 
     # Not functools.wraps: accelerate's unwrap_model follows __wrapped__ and would drop the patch.
@@ -372,7 +212,8 @@ def _patched_class(original: Any) -> Any:
     forward.__qualname__ = original.forward.__qualname__
 
     def loss_function(self: Any) -> Any:
-        return unpatched_loss_function(self) if _call is None else _call.loss_function
+        call = current_call()
+        return unpatched_loss_function(self) if call is None else call.loss_function
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if name == "forward":
@@ -500,7 +341,7 @@ def forward_with_loss(
         withhold_labels(model, given)
     elif given.get("labels") is None:
         given["labels"] = call.target  # without labels no model asks for its loss
-    output = _run(call, forward, model, **given, return_dict=True)
+    output = run(call, forward, model, **given, return_dict=True)
     loss = call.hand_back(output.logits) if own_loss else output.loss
     if not call.handed_back:
         raise RuntimeError(

@@ -28,14 +28,8 @@ from ..ops import linear_logit_stats
 from ..ops.checks import check_target_range
 from ..ops.loss import token_loss
 from .heads import language_model
-from .patch import (
-    IGNORE_INDEX,
-    LossCall,
-    forward_with_loss,
-    original_class,
-    patch_model,
-    patch_state,
-)
+from .loss_head import IGNORE_INDEX, LossCall
+from .patch import forward_with_loss, original_class, patch_model, patch_state
 
 TrainerT = TypeVar("TrainerT")
 

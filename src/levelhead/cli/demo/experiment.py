@@ -11,11 +11,12 @@ import torch
 import transformers
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 import levelhead
 
 from ..output import make_folder, write_json
+from ..progress import progress_bar
 from .data import (
     IGNORE_INDEX,
     Tokens,
@@ -60,7 +61,7 @@ def experiment(data: Path | None, smoothing: float, seeds: int, output: Path) ->
     console.print(_introduction(task))
     results = _describe(task)
     pooled: dict[str, list[Answers]] = {"dense": [], "fused": []}
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         for seed in range(seeds):
             learners, answers = _repetition(task, seed, progress)
             results["seeds"].append(_seed_numbers(seed, learners, answers))
@@ -128,17 +129,6 @@ def _describe(task: _Task) -> Numbers:
         "settings": {"smoothing": task.smoothing, "bins": BINS, **asdict(task.recipe)},
         "seeds": [],
     }
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 def _repetition(

@@ -16,13 +16,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from levelhead import patch_model
 
 from ..errors import CliError
 from ..output import make_folder, write_json
+from ..progress import progress_bar
 from .data import open_source
 from .models import load_model, load_tokenizer
 from .preparation import Counts, prepare
@@ -68,7 +69,7 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         callbacks=[_MarkWhole()],
     )
     trainer.remove_callback(PrinterCallback)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         show = _Show(progress)
         trainer.add_callback(show)
         began = time.perf_counter()
@@ -322,14 +323,3 @@ class _Show(TrainerCallback):  # type: ignore[misc]
         shown = [f"{label} {logs[key]:.4g}" for key, label in named.items() if key in logs]
         if shown:
             self._progress.console.print(f"step {state.global_step:>6}  " + "  ".join(shown))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        console=console,
-    )
