@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None, database=None)
+# Triton's interpreter takes a tenth of a second a kernel.
+settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=6)
 settings.register_profile(
     "thorough", max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

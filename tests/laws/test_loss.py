@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.problems import Problem, assert_equal, gradients, problems
+from tests.problems import INTERPRETED, Problem, assert_equal, gradients, problems
 
 from levelhead.ops import chunked
 
@@ -169,7 +169,7 @@ def test_gradcheck_per_token(problem: Problem) -> None:
         x, weight, *bias = parameters
         return problem.fused(input=x, linear_weight=weight, linear_bias=bias[0] if bias else None)
 
-    torch.autograd.gradcheck(loss, problem.parameters)
+    torch.autograd.gradcheck(loss, problem.parameters, fast_mode=INTERPRETED)
 
 
 @given(problems(reduction="mean"))
@@ -179,4 +179,4 @@ def test_gradcheck_in_the_forward_pass(problem: Problem) -> None:
         return problem.fused(input=x, linear_weight=weight, linear_bias=bias[0] if bias else None)
 
     # The first backward scales the stored gradient, the second recomputes it: equal up to rounding.
-    torch.autograd.gradcheck(loss, problem.parameters, nondet_tol=1e-11)
+    torch.autograd.gradcheck(loss, problem.parameters, nondet_tol=1e-11, fast_mode=INTERPRETED)

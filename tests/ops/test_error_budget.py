@@ -37,7 +37,7 @@ def _problem(
     return problem.to(dtype)
 
 
-def _within_budget(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -> None:
+def within_budget(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -> None:
     error = (actual.double() - truth).abs()
     dense_error = (yardstick.double() - truth).abs().max().item()
     rounding = torch.finfo(actual.dtype).eps * truth.abs().max().item()
@@ -62,7 +62,7 @@ def test_loss_and_gradients_within_budget(
     exact = problem.to(torch.float64)
     truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
     assert actual.dtype == torch.float32
-    _within_budget("loss", actual, truth, yardstick)
+    within_budget("loss", actual, truth, yardstick)
     found = zip(
         ("input", "linear_weight", "linear_bias"),
         gradients(actual, problem),
@@ -72,7 +72,7 @@ def test_loss_and_gradients_within_budget(
     )
     for name, got, true, dense in found:
         assert got.dtype == dtype
-        _within_budget(name, got, true, dense)
+        within_budget(name, got, true, dense)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -86,11 +86,11 @@ def test_autocast_within_budget_and_the_weight_gradient_stays_wide(
     truth = exact.dense()
     with torch.autocast(device, dtype=dtype):
         yardstick, actual = problem.dense(), problem.fused()
-    _within_budget("loss", actual, truth, yardstick)
+    within_budget("loss", actual, truth, yardstick)
     expected, dense = gradients(truth, exact), gradients(yardstick, problem)
     for got, true, same in zip(gradients(actual, problem), expected, dense, strict=True):
         assert got.dtype == torch.float32
-        _within_budget("gradient", got, true, same)
+        within_budget("gradient", got, true, same)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -105,15 +105,15 @@ def test_narrow_operands_within_budget(
         assert a.dtype == b.dtype == dtype
         torch.addmm(out, a.float(), b.float(), alpha=alpha, beta=beta, out=out)
 
-    monkeypatch.setattr(tile, "_addmm_", addmm)
+    monkeypatch.setattr(tile, "addmm_", addmm)
     monkeypatch.setattr(chunked, "_operand_dtype", lambda x: x.dtype)
     problem = _problem(dtype, softcap, reduction, "chunked")
     exact = problem.to(torch.float64)
     truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
-    _within_budget("loss", actual, truth, yardstick)
+    within_budget("loss", actual, truth, yardstick)
     expected, dense = gradients(truth, exact), gradients(yardstick, problem)
     for got, true, same in zip(gradients(actual, problem), expected, dense, strict=True):
-        _within_budget("gradient", got, true, same)
+        within_budget("gradient", got, true, same)
 
 
 def test_a_budget_can_fail() -> None:
@@ -121,4 +121,4 @@ def test_a_budget_can_fail() -> None:
     truth = problem.to(torch.float64).dense()
     wrong = replace(problem, label_smoothing=0.12).fused()
     with pytest.raises(AssertionError, match=r"loss: worst at 0: got .* > budget"):
-        _within_budget("loss", wrong, truth, problem.dense())
+        within_budget("loss", wrong, truth, problem.dense())

@@ -49,7 +49,7 @@ def test_tensors_that_do_not_fit(args: Any, error: type[Exception], text: str) -
         ({"logit_scale": 0.0}, ValueError, "logit_scale must be a positive number, got 0.0"),
         ({"z_loss": -1.0}, ValueError, "z_loss must be a number >= 0, got -1.0"),
         ({"reduction": "average"}, ValueError, "unknown reduction 'average'; expected 'mean', 'sum' or 'none'"),
-        ({"impl": "naive"}, ValueError, "unknown impl 'naive'; expected None, 'chunked' or 'reference'"),
+        ({"impl": "naive"}, ValueError, "unknown impl 'naive'; expected None, 'chunked', 'triton' or 'reference'"),
         ({"linear_bias": torch.zeros(8)}, ValueError, "linear_bias must have shape (V,) = (11,), got (8,)"),
         ({"linear_bias": torch.zeros(11).double()}, TypeError, "input is torch.float32 but linear_weight and linear_bias are torch.float32 and torch.float64; cast them to one dtype, or use torch.autocast"),
         ({"token_weight": torch.ones(6)}, ValueError, "token_weight must have target's shape (2, 3), got (6,)"),

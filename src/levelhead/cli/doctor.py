@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import levelhead
+from levelhead.ops.library import implementation
 
 from .errors import WrongResultError, missing_extra
 
@@ -131,7 +132,8 @@ def _implementation(device: torch.device) -> str:
         ) -> Any:
             if function is torch.ops.levelhead.linear_cross_entropy.default:
                 names = [argument.name for argument in function._schema.arguments]
-                chosen.append(args[names.index("impl")])
+                module = implementation(args[names.index("impl")], args[0])
+                chosen.append(module.__name__.rpartition(".")[2])
             return function(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]

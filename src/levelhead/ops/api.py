@@ -9,7 +9,7 @@ from . import checks, library
 from .loss import token_loss
 from .statistics import LogitStats, statistics_dtype
 
-Impl = Literal["reference", "chunked"]
+Impl = Literal["reference", "chunked", "triton"]
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -62,8 +62,9 @@ def linear_cross_entropy(
         z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311); not smoothed.
         token_weight: weight of each token's loss, shape of ``target``. ``"mean"`` divides by the sum of the weights
             that count, as torch does with class weights.
-        impl: ``"chunked"`` (any device, small bounded buffer), ``"reference"`` (dense: the oracle, not for training)
-            or None to choose.
+        impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
+            ``"reference"`` (dense: the oracle, not for training), or None to choose: ``"triton"`` where it runs,
+            ``"chunked"`` elsewhere.
 
     Returns:
         A scalar, or with ``reduction="none"`` a tensor of ``target``'s shape (0 where ignored); float32, or float64
@@ -89,7 +90,7 @@ def linear_cross_entropy(
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("target", target, input, several=False)
-    checks.check_options(softcap, logit_scale, impl)
+    checks.check_options(softcap, logit_scale, impl, input)
     checks.check_loss_options(label_smoothing, reduction, z_loss, target)
     checks.check_target_range(target, linear_weight.shape[0], ignore_index)
     if token_weight is not None:
@@ -99,7 +100,7 @@ def linear_cross_entropy(
     counts = ids != ignore_index
     weight = _token_weight(token_weight, ids, counts, linear_weight.shape[0], input.dtype)
     smoothing = _smoothing(label_smoothing, weight)
-    model, impl = (softcap, float(logit_scale)), impl or "chunked"
+    model = (softcap, float(logit_scale))
 
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
@@ -150,7 +151,7 @@ class LinearCrossEntropyLoss(nn.Module):
         softcap: bound of the logits, or None.
         logit_scale: factor on the logits before the softcap.
         z_loss: weight of ``logsumexp**2``.
-        impl: ``"chunked"``, ``"reference"`` or None to choose.
+        impl: ``"triton"``, ``"chunked"``, ``"reference"`` or None to choose.
 
     Shape:
         input ``(..., D)``, target ``(...)``; a scalar, or ``(...)`` with ``reduction="none"``; float32 or float64.
@@ -238,8 +239,9 @@ def linear_logit_stats(
         linear_bias: shape ``(V,)``.
         softcap: bound of the logits, ``> 0``; None for none.
         logit_scale: factor on projection and bias; the inverse of a temperature.
-        impl: ``"chunked"`` (any device, small bounded buffer), ``"reference"`` (dense: the oracle, not for training)
-            or None to choose.
+        impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
+            ``"reference"`` (dense: the oracle, not for training), or None to choose: ``"triton"`` where it runs,
+            ``"chunked"`` elsewhere.
 
     Returns:
         LogitStats, fields of shape ``(...)``, picked that of ``picks``; nats; float32 or float64, argmax int64.
@@ -263,14 +265,12 @@ def linear_logit_stats(
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("picks", picks, input, several=True)
-    checks.check_options(softcap, logit_scale, impl)
+    checks.check_options(softcap, logit_scale, impl, input)
     tokens = input.shape[:-1]
     per_token = 1 if picks.shape == tokens else picks.shape[-1]
     x = input.reshape(tokens.numel(), input.shape[-1])
     ids = picks.long().reshape(tokens.numel(), per_token)
-    stats = _stats(
-        x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl or "chunked"
-    )
+    stats = _stats(x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
     logsumexp, picked, mean, expected, largest, argmax = stats
     return LogitStats(
         logsumexp.reshape(tokens),

@@ -1,12 +1,15 @@
 """What the public functions refuse, before any kernel runs: what was asked, what came, what is valid, what to do."""
 
+import importlib.util
 import math
+import os
 import sys
 
 import torch
 from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -71,14 +74,38 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def check_options(softcap: float | None, logit_scale: float, impl: str | None) -> None:
+def check_options(
+    softcap: float | None, logit_scale: float, impl: str | None, input: Tensor
+) -> None:
     """Refuse options out of their range."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a positive number, got {logit_scale}")
-    if impl not in (None, "chunked", "reference"):
-        raise ValueError(f"unknown impl {impl!r}; expected None, 'chunked' or 'reference'")
+    if impl not in (None, "chunked", "reference", "triton"):
+        raise ValueError(
+            f"unknown impl {impl!r}; expected None, 'chunked', 'triton' or 'reference'"
+        )
+    cannot = why_not_triton(input.device, input.dtype) if impl == "triton" else None
+    if cannot is not None:
+        raise ValueError(f"impl='triton' cannot run: {cannot}; use impl=None or 'chunked'")
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the Triton kernels cannot run on a device and dtype, None if they can."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+            return "input is on cpu, and Triton needs a GPU (or TRITON_INTERPRET=1, to debug)"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None
+    if device.type != "cuda":
+        return f"input is on {device}, and only GPUs of NVIDIA and AMD are supported"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
 
 
 def check_loss_options(

@@ -35,6 +35,7 @@ from .statistics import (
     merge,
     statistics_dtype,
 )
+from .sums import at, finish, float16_scale, slices, zeros
 
 # The memory budget for all buffers of logits: 1/8 of the weight, so that they never matter beside the weight and its
 # gradient. For a small head 31.5 MiB, 258 tokens at V = 32000: fewer would be slower, since every chunk reads the
@@ -60,7 +61,7 @@ def linear_logit_stats(
     tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=2)
     t_buffer, scratch = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
     parts = []
-    for rows in _slices(max(len(input), 1), tokens):
+    for rows in slices(max(len(input), 1), tokens):
         x, ids, stats = input[rows], picks[rows], empty_set(picks[rows], dtype)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
             t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
@@ -91,21 +92,21 @@ def linear_logit_stats_backward(
     buffers = 2 if gradient.expected is None else 3
     tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=buffers)
     t_buffer, p_buffer = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
-    dx = _zeros(input, gradient_dtypes[0], dtype)
-    dw = _zeros(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
-    db = _zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
+    dx = zeros(input, gradient_dtypes[0], dtype)
+    dw = zeros(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
+    db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
         # A tile of dw has one owner: it accumulates here, over all tokens, and is rounded once.
         dw_tile = None if dw is None else dw[columns].to(dtype)
-        for rows in _slices(len(input), tokens):
+        for rows in slices(len(input), tokens):
             x, ids, g = input[rows], picks[rows], gradient.map(itemgetter(rows))
             t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
             p = tile.exp(t, softcap or 1, logsumexp[rows], out=_view(p_buffer, x, weight))
             da = tile.gradient_(p, t, ids, columns.start, g, expected[rows], size, softcap)
-            tile.multiply_out_(da, x, weight, logit_scale, _at(dx, rows), dw_tile, _at(db, columns))
+            tile.multiply_out_(da, x, weight, logit_scale, at(dx, rows), dw_tile, at(db, columns))
         if dw is not None and dw_tile is not None and dw.dtype != dtype:
             dw[columns] = dw_tile
-    return _finish((dx, dw, db), gradient_dtypes, kept)
+    return finish((dx, dw, db), gradient_dtypes, kept)
 
 
 def linear_cross_entropy(
@@ -128,13 +129,13 @@ def linear_cross_entropy(
     buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
     tokens = _chunk_tokens(input, linear_weight, dtype, buffers=buffers)
     buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
-    dx = _zeros(input, gradient_dtypes[0], dtype)
-    dw = _zeros(linear_weight, gradient_dtypes[1], dtype)
-    db = _zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
-    scale = _float16_scale(token_weight) if input.dtype == torch.float16 else None
+    dx = zeros(input, gradient_dtypes[0], dtype)
+    dw = zeros(linear_weight, gradient_dtypes[1], dtype)
+    db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
+    scale = float16_scale(token_weight) if input.dtype == torch.float16 else None
     losses, logsumexps = [token_weight[:0]], [token_weight[:0]]
-    for rows in _slices(len(input), tokens):
-        x, ids, w, eps = input[rows], picks[rows], token_weight[rows], _at(smoothing, rows)
+    for rows in slices(len(input), tokens):
+        x, ids, w, eps = input[rows], picks[rows], token_weight[rows], at(smoothing, rows)
         t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
@@ -146,11 +147,11 @@ def linear_cross_entropy(
         for columns, weight, _ in _head_tiles(input, linear_weight, None, size):
             tile.multiply_out_(
                 da[:, columns], x, weight, logit_scale,
-                _at(dx, rows), _at(dw, columns), _at(db, columns),
+                at(dx, rows), at(dw, columns), at(db, columns),
             )  # fmt: skip
     if scale is not None:
         dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
-    gradients = _finish((dx, dw, db), gradient_dtypes, kept)
+    gradients = finish((dx, dw, db), gradient_dtypes, kept)
     return torch.cat(losses).sum(), kept.put(torch.cat(logsumexps)), gradients
 
 
@@ -187,43 +188,10 @@ def _head_tiles(
     if input.is_cpu:
         row_bytes = operand.itemsize * max(linear_weight.shape[1], 1)
         entries = min(entries, max(1, _TILE_BYTES // row_bytes))
-    for columns in _slices(len(linear_weight), entries):
-        yield columns, linear_weight[columns].to(operand), _at(linear_bias, columns)
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    """Yield equal slices, of at most ``size``: a short last one would be slow and, of one row, less precise."""
-    size = -(-length // -(-length // size)) if length else size
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+    for columns in slices(len(linear_weight), entries):
+        yield columns, linear_weight[columns].to(operand), at(linear_bias, columns)
 
 
 def _view(buffer: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return the start of a buffer as a tile of logits, (tokens of x, entries of weight)."""
     return buffer[: len(x) * len(weight)].view(len(x), len(weight))
-
-
-def _at(tensor: Tensor | None, where: slice) -> Tensor | None:
-    return None if tensor is None else tensor[where]
-
-
-def _zeros(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -> Tensor | None:
-    return None if needed is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-
-def _finish(sums: Gradients, dtypes: GradientDtypes, kept: Rows) -> Gradients:
-    """Round the sums to the dtypes asked for, and give the rows that were left out their zeros."""
-    dx, dw, db = (
-        None if total is None else total.to(dtype)
-        for total, dtype in zip(sums, dtypes, strict=True)
-    )
-    return None if dx is None else kept.put(dx), dw, db
-
-
-def _float16_scale(token_weight: Tensor) -> Tensor:
-    """Return the power of two that takes the largest weight to [2^13, 2^14).
-
-    Where float16 probabilities are multiplied, they then have the range that a loss scale would give them.
-    """
-    largest = torch.cat([token_weight.abs(), token_weight.new_zeros(1)]).amax()
-    return torch.ldexp(torch.ones_like(largest), 14 - torch.frexp(largest).exponent)

@@ -10,20 +10,27 @@ flat here, (N, D) and (N,); shapes, defaults and errors are the business of api.
 what is narrow has been narrowed by api.py, and float32 accumulators must stay float32.
 """
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked, flops, reference
+from . import checks, flops
 from .loss import token_loss_backward
 from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
 # Rows of a narrow gradient that are widened at a time, to be multiplied by the upstream gradient.
 _SCALED_ROWS = 2048
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+
+def implementation(impl: str | None, input: Tensor) -> ModuleType:
+    """Return the module asked for, or chosen; imported when first needed, because triton takes its time."""
+    if impl is None:
+        cannot = checks.why_not_triton(input.device, input.dtype)
+        impl = "triton" if input.is_cuda and cannot is None else "chunked"
+    return import_module(f".{impl}", __package__)
 
 
 @torch.library.custom_op("levelhead::linear_logit_stats", mutates_args=())
@@ -34,11 +41,11 @@ def linear_logit_stats(
     linear_bias: Tensor | None,  # (V,)
     softcap: float | None,
     logit_scale: float,
-    impl: str,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of LogitStats."""
     with torch.autocast(input.device.type, enabled=False):
-        stats: LogitStats = IMPLEMENTATIONS[impl].linear_logit_stats(
+        stats: LogitStats = implementation(impl, input).linear_logit_stats(
             input, linear_weight, picks, linear_bias, softcap, logit_scale
         )
     return stats
@@ -71,7 +78,7 @@ def linear_logit_stats_backward(
     softcap: float | None,
     logit_scale: float,
     output_mask: list[bool],
-    impl: str,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight and bias, empty where ``output_mask`` is false."""
     gradient = StatsGradient(grad_logsumexp, grad_picked, grad_mean, grad_expected)
@@ -81,7 +88,7 @@ def linear_logit_stats_backward(
             keep |= (field != 0) if field.dim() == 1 else (field != 0).any(1)
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
     with torch.autocast(input.device.type, enabled=False):
-        gradients = IMPLEMENTATIONS[impl].linear_logit_stats_backward(
+        gradients = implementation(impl, input).linear_logit_stats_backward(
             gradient, keep, input, linear_weight, picks, linear_bias,
             logsumexp, expected, softcap, logit_scale, dtypes,
         )  # fmt: skip
@@ -107,7 +114,7 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     output_mask: list[bool],
-    impl: str,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
 
@@ -115,7 +122,7 @@ def linear_cross_entropy(
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     with torch.autocast(input.device.type, enabled=False):
-        loss, logsumexp, gradients = IMPLEMENTATIONS[impl].linear_cross_entropy(
+        loss, logsumexp, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
             z_loss, softcap, logit_scale, dtypes,
         )  # fmt: skip

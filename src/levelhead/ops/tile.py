@@ -24,9 +24,9 @@ def fill_(
     """Make a tile of the logits of ``x``."""
     x = x.to(weight.dtype)
     if bias is None:
-        _addmm_(t, x, weight.T, beta=0, alpha=logit_scale)
+        addmm_(t, x, weight.T, beta=0, alpha=logit_scale)
     else:
-        _addmm_(t.copy_(bias), x, weight.T, beta=logit_scale, alpha=logit_scale)
+        addmm_(t.copy_(bias), x, weight.T, beta=logit_scale, alpha=logit_scale)
     return t if softcap is None else t.div_(softcap).tanh_()
 
 
@@ -109,20 +109,21 @@ def multiply_out_(
 ) -> None:
     """Add a tile's share to the gradients of input, weight and bias; what is None is not computed."""
     if db is not None:
-        db.add_(da.sum(0), alpha=logit_scale)
+        db.add_(da.sum(0, dtype=db.dtype), alpha=logit_scale)
     da, x = da.to(weight.dtype), x.to(weight.dtype)
     if dx is not None:
-        _addmm_(dx, da, weight, alpha=logit_scale)
+        addmm_(dx, da, weight, alpha=logit_scale)
     if dw is not None:
-        _addmm_(dw, da.T, x, alpha=logit_scale)
+        addmm_(dw, da.T, x, alpha=logit_scale)
 
 
-def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 1) -> None:
+def addmm_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 1) -> Tensor:
     """``out = beta * out + alpha * a b``, accumulated in the dtype of ``out``, which may be wider than a and b."""
+    if out.device.type == "cpu":  # which has no product of narrow operands with a wide result
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
 def _pick(t: Tensor, cap: float, ids: Tensor, first: int) -> Tensor:

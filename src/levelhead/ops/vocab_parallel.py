@@ -26,7 +26,7 @@ def linear_logit_stats(
     linear_bias: Tensor | None,  # (V,), sharded as linear_weight
     softcap: float | None,
     logit_scale: float,
-    impl: str,
+    impl: str | None,
 ) -> LogitStats:
     """Return the statistics of the logits as plain tensors (N,) and (N, K), the same on every rank.
 
@@ -89,7 +89,7 @@ def vocab_parallel_logit_stats(
     linear_bias: Tensor | None,  # (V_r,)
     softcap: float | None,
     logit_scale: float,
-    impl: str,
+    impl: str | None,
     sizes: Sequence[int],  # V_r of every rank, in the order of their rows
     group: dist.ProcessGroup,
 ) -> LogitStats:
@@ -126,7 +126,7 @@ class _VocabParallelLogitStats(torch.autograd.Function):
         linear_bias: Tensor | None,
         softcap: float | None,
         logit_scale: float,
-        impl: str,
+        impl: str | None,
         sizes: tuple[int, ...],
         group: dist.ProcessGroup,
     ) -> LogitStats:

@@ -1,0 +1,177 @@
+"""The cross-entropy with its gradient in the forward pass, 6 NVD, or 4 with a frozen head: a hybrid.
+
+The library makes the logits of a chunk of tokens over the whole vocabulary, in float32. A kernel, one program a token,
+turns them into statistics and into the gradient, and writes that in the operands' dtype: it reads a row from memory
+once (the second time it stands in the L2 cache), and smoothing, bias, scale and softcap cost it nothing but arithmetic.
+Then the library multiplies out. The gradient of the input is complete with its chunk; that of the weight accumulates
+over the chunks in float32, and is rounded once; where one chunk holds all tokens there is nothing to accumulate.
+
+What bounds the chunks, on an H200 (790 TFLOP/s, 4.8 TB/s), beside the three products, 6 D operations a logit:
+
+- Reading and writing the logits, 4 + 4 + 2 bytes each: 6 % at D = 4096, 11 % at D = 2304.
+- A logits chunk reads the weight once, 2 V D bytes for 2 C V D operations: it must hold C > 165 tokens, or memory sets
+  the pace; twice that on an H100. _LOGITS_TOKENS = 512.
+- Accumulating the gradient of the weight moves 8 V D bytes a chunk of M tokens, for 6 M V D operations: 219 / M of
+  their time, 5 % at _GRADIENT_TOKENS = 4096. Hence two sizes: float32 logits of few tokens, their gradients of many.
+
+A frozen head needs no second size: 6 x 512 V bytes in all, 4 NVD. A running maximum with a rescaled accumulator, over
+slabs of S entries, would need as few operations, but rescale and add to an (N, D) float32 accumulator with every slab,
+16 N D bytes: 658 / S of the time of its products, where the chunks pay nothing.
+
+For all tokens at once, without accumulating, either the logits must be kept or computed twice (8 NVD): the normaliser
+of a token is only known after its last entry. That other way is backward.py, and serves every other loss.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..loss import token_loss
+from ..rows import Rows
+from ..statistics import GradientDtypes, Gradients, statistics_dtype
+from ..sums import at, finish, float16_scale, multiply_, slices, zeros
+from ..tile import addmm_
+from .launch import cdiv, configuration, launch
+from .primitives import anchor, capped
+
+_LOGITS_TOKENS = 512
+_GRADIENT_TOKENS = 4096
+_ALIGNMENT = 64  # of a row of logits, in entries: what libraries and wide loads want
+
+
+@triton.jit
+def softmax_kernel(
+    products,  # (N, V), x W^T
+    bias,  # (V,) or None
+    target,  # (N,)
+    token_weight,  # (N,)
+    label_smoothing,  # (N,) or None
+    stats,  # (3, N): logsumexp, picked, mean
+    gradient,  # (N, V), may be products
+    V,
+    stats_stride,
+    products_stride_n,
+    gradient_stride_n,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Write a token's statistics, and its weighted loss's gradient with respect to the logits before the softcap."""
+    DTYPE: tl.constexpr = products.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    products += row * products_stride_n
+    gradient += row * gradient_stride_n
+    entries = tl.arange(0, BLOCK_V)
+
+    # Lane by lane, so that the loop reduces nothing across threads.
+    largest = tl.full((BLOCK_V,), float("-inf"), DTYPE)
+    total = tl.zeros((BLOCK_V,), DTYPE)
+    sums = tl.zeros((BLOCK_V,), DTYPE)
+    for first in range(0, V, BLOCK_V):
+        inside = first + entries < V
+        z, _ = _logits(products, bias, first + entries, inside, SOFTCAP, LOGIT_SCALE)
+        sums += tl.where(inside, z, 0.0)
+        z = tl.where(inside, z, float("-inf"))
+        new = tl.maximum(largest, z)
+        total = total * tl.exp(largest - anchor(new)) + tl.exp(z - anchor(new))
+        largest = new
+    top = anchor(tl.max(largest, 0))
+    total_of_all = tl.sum(total * tl.exp(largest - top), 0)
+    logsumexp = top + tl.log(total_of_all)
+
+    id = tl.load(target + row)
+    valid = (id >= 0) & (id < V)
+    picked, _ = _logits(products, bias, tl.where(valid, id, 0), valid, SOFTCAP, LOGIT_SCALE)
+    tl.store(stats + row, logsumexp)
+    tl.store(stats + stats_stride + row, tl.where(valid, picked, 0.0))
+    tl.store(stats + 2 * stats_stride + row, tl.sum(sums, 0) / V)
+
+    # The derivative of loss.token_loss with respect to the logits.
+    weight = tl.load(token_weight + row)
+    # By the total, not by the logsumexp: its rounding, absolute, would be in every probability.
+    of_exp = weight * (1 + 2 * Z_LOSS * logsumexp) / total_of_all
+    of_target = -weight
+    of_all = 0.0
+    if label_smoothing is not None:
+        smoothing = tl.load(label_smoothing + row)
+        of_target = weight * (smoothing - 1)
+        of_all = -weight * smoothing / V
+    tl.debug_barrier()  # all threads have read the target's logit, which the next lines may overwrite
+    for first in range(0, V, BLOCK_V):
+        inside = first + entries < V
+        z, slope = _logits(products, bias, first + entries, inside, SOFTCAP, LOGIT_SCALE)
+        dz = of_exp * tl.exp(z - top) + of_all + tl.where(first + entries == id, of_target, 0.0)
+        tl.store(gradient + first + entries, (dz * slope).to(gradient.dtype.element_ty), inside)
+
+
+@triton.jit
+def _logits(products, bias, entries, inside, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
+    """Return some logits of a token and their derivative, made of its products with the weight."""
+    a = tl.load(products + entries, inside, other=0.0)
+    if bias is not None:
+        a += tl.load(bias + entries, inside, other=0.0).to(a.dtype)
+    return capped(a * LOGIT_SCALE, SOFTCAP)
+
+
+def linear_cross_entropy(
+    input: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    linear_bias: Tensor | None,  # (V,)
+    token_weight: Tensor,  # (N,), 0 for ignored tokens
+    label_smoothing: Tensor | None,  # (N,)
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    gradient_dtypes: GradientDtypes,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i, the logsumexp (N,) and the gradients of the sum."""
+    kept, size, dtype = Rows(token_weight != 0), len(linear_weight), statistics_dtype(input.dtype)
+    x, ids, loss_weight = (kept.take(t).contiguous() for t in (input, target, token_weight))
+    smoothing = None if label_smoothing is None else kept.take(label_smoothing).contiguous()
+    scale = float16_scale(loss_weight) if x.dtype == torch.float16 else None
+    gradient_weight = loss_weight if scale is None else loss_weight * scale
+    operand = linear_weight.to(x.dtype)  # a copy under autocast only, as a linear layer would make
+    wide, frozen = x.dtype == dtype, gradient_dtypes[1] is None
+    tokens = _LOGITS_TOKENS if wide or frozen else _GRADIENT_TOKENS
+    chunks = list(slices(len(x), tokens))
+    da_buffer = _rows_buffer(x, chunks, size, x.dtype)
+    products = da_buffer if wide else _rows_buffer(x, [slice(_LOGITS_TOKENS)], size, dtype)
+    stats = torch.empty(3, len(x), dtype=dtype, device=x.device)
+    dx = zeros(x, gradient_dtypes[0], gradient_dtypes[0])
+    # One chunk is all there is to sum, rounded once at the end of its product.
+    dw = zeros(linear_weight, gradient_dtypes[1], dtype if len(chunks) > 1 else gradient_dtypes[1])
+    db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
+    for chunk in chunks:
+        da = da_buffer[: chunk.stop - chunk.start]
+        for part in slices(len(da), _LOGITS_TOKENS):
+            rows = slice(chunk.start + part.start, chunk.start + part.stop)
+            logits = products[: rows.stop - rows.start]
+            addmm_(logits, x[rows], operand.T, beta=0, alpha=1)
+            launch(
+                softmax_kernel, len(logits), logits, linear_bias, ids[rows], gradient_weight[rows],
+                at(smoothing, rows), stats[:, rows], da[part], size,
+                stats.stride(0), logits.stride(0), da.stride(0),
+                Z_LOSS=z_loss, SOFTCAP=softcap, LOGIT_SCALE=logit_scale,
+                **configuration("softmax", x),
+            )  # fmt: skip
+        if dx is not None:
+            multiply_(dx[chunk], da, operand, alpha=logit_scale)
+        if dw is not None:
+            multiply_(dw, da.T, x[chunk], alpha=logit_scale, beta=int(chunk.start > 0))
+        if db is not None:
+            db.add_(da.sum(0, dtype=dtype), alpha=logit_scale)
+    if scale is not None:
+        dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
+    logsumexp, picked, mean = stats
+    loss = loss_weight * token_loss(logsumexp, picked, mean, smoothing, z_loss)
+    return loss.sum(), kept.put(logsumexp), finish((dx, dw, db), gradient_dtypes, kept)
+
+
+def _rows_buffer(x: Tensor, chunks: list[slice], size: int, dtype: torch.dtype) -> Tensor:
+    """Return room for the first and largest chunk's logits, in rows that start where wide loads want them."""
+    tokens = chunks[0].stop if chunks else 0
+    aligned = cdiv(size, _ALIGNMENT) * _ALIGNMENT
+    return torch.empty(min(tokens, len(x)), aligned, dtype=dtype, device=x.device)[:, :size]
