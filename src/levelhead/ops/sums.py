@@ -35,6 +35,11 @@ def zeros(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -
     return None if needed is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
+def room(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Return room for a gradient of the shape of ``like`` that will be overwritten, None if it is not needed."""
+    return None if needed is None else torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
 def multiply_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 0) -> Tensor:
     """``out = beta * out + alpha * a b``, accumulated in float32 at least and rounded once; beta is 0 if narrow."""
     dtype = statistics_dtype(out.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..rows import Rows
 from ..statistics import GradientDtypes, Gradients, StatsGradient, statistics_dtype
-from ..sums import at, finish, multiply_, slices, zeros
+from ..sums import at, finish, multiply_, room, slices, zeros
 from ..tile import addmm_
 from .launch import cdiv, configuration, launch, precision
 from .primitives import capped, finite, grouped, logits_before_softcap
@@ -109,10 +109,10 @@ def linear_logit_stats_backward(
     grad_picked = ids if gradient.picked is None else gradient.picked.contiguous()
     block = configuration("gradient", x)
     dx = zeros(x, gradient_dtypes[0], dtype)
-    dw = zeros(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
-    db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
-    slabs = list(slices(size, _slab_entries(x, size), _ALIGNMENT)) if len(x) else []
-    buffer = x.new_empty(len(x), slabs[0].stop if slabs else 0)
+    dw = room(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
+    db = room(linear_weight[:, 0], gradient_dtypes[2], dtype)
+    slabs = list(slices(size, _slab_entries(x, size), _ALIGNMENT))
+    buffer = x.new_empty(len(x), slabs[0].stop)
     for columns in slabs:
         weight = linear_weight[columns].to(x.dtype)  # a copy under autocast only
         da = buffer[:, : len(weight)]

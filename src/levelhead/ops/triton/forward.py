@@ -9,6 +9,7 @@ H200 (790 TFLOP/s, 4.8 TB/s) with D = 4096 that is 8 / 4.8e12 s beside 2 D / 790
 expected to be 10 to 15 % slower than the library's, so time is a tie and memory decides.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -189,20 +190,19 @@ def linear_logit_stats(
     argmax = input.new_empty(tokens, dtype=torch.int64)
     picked = input.new_empty(picks.shape, dtype=dtype)
     model = {"SOFTCAP": softcap, "LOGIT_SCALE": logit_scale}
-    if len(input):
-        states, best_ids = _states(input, linear_weight, linear_bias, **model)
-        block = configuration("merge", input)
-        launch(
-            merge_kernel, cdiv(len(input), block["BLOCK_N"]), states, best_ids,
-            logsumexp, mean, expected, largest, argmax, len(input), len(linear_weight), len(best_ids), **block,
-        )  # fmt: skip
-    if picks.numel():
-        block = configuration("pick", input)
-        launch(
-            pick_kernel, cdiv(picks.numel(), block["BLOCK_M"]), input, linear_weight, linear_bias,
-            picks.contiguous(), picked, picks.numel(), *linear_weight.shape, picks.shape[1],
-            *input.stride(), *linear_weight.stride(), **model, **block,
-        )  # fmt: skip
+    states, best_ids = _states(input, linear_weight, linear_bias, **model)
+    block = configuration("merge", input)
+    launch(
+        merge_kernel, cdiv(len(input), block["BLOCK_N"]), states, best_ids,
+        logsumexp, mean, expected, largest, argmax,
+        len(input), len(linear_weight), len(best_ids), **block,
+    )  # fmt: skip
+    block = configuration("pick", input)
+    launch(
+        pick_kernel, cdiv(picks.numel(), block["BLOCK_M"]), input, linear_weight, linear_bias,
+        picks.contiguous(), picked, picks.numel(), *linear_weight.shape, picks.shape[1],
+        *input.stride(), *linear_weight.stride(), **model, **block,
+    )  # fmt: skip
     return LogitStats(logsumexp, picked, mean, expected, largest, argmax)
 
 
@@ -213,26 +213,37 @@ def _states(
     tokens, hidden = input.shape
     block = configuration("state", input)
     row_tiles = cdiv(tokens, block["BLOCK_N"])
-    # A weight in another dtype, under autocast, is narrowed a slab at a time; most often there is one slab.
-    whole = linear_weight.dtype == input.dtype
-    slab = len(linear_weight) if whole else cdiv(_SLAB_BYTES, hidden * input.itemsize)
-    slabs = list(slices(len(linear_weight), slab))
-    tiles = cdiv(slabs[0].stop, block["BLOCK_V"])
-    per_slab = min(tiles, cdiv(_WAVES * processors(input.device), row_tiles * len(slabs)))
-    tiles_per_share = cdiv(tiles, per_slab)
-    shares = [
-        cdiv(cdiv(slab.stop - slab.start, block["BLOCK_V"]), tiles_per_share) for slab in slabs
-    ]
+    slabs = list(_slabs(input, linear_weight))
+    entries = _share_entries(input, slabs)
+    shares = [cdiv(slab.stop - slab.start, entries) for slab in slabs]
     states = input.new_empty(4, sum(shares), tokens, dtype=statistics_dtype(input.dtype))
     best_ids = input.new_empty(sum(shares), tokens, dtype=torch.int32)
     done = 0
     for columns, count in zip(slabs, shares, strict=True):
         weight = linear_weight[columns].to(input.dtype)
         launch(
-            state_kernel, row_tiles * count, input, weight, at(linear_bias, columns), states[:, done:], best_ids[done:],
-            tokens, len(weight), hidden, columns.start, count, tiles_per_share, states.stride(0),
-            *input.stride(), *weight.stride(), EVEN_D=hidden % block["BLOCK_D"] == 0,
-            PRECISION=precision(input.dtype), **model, **block,
+            state_kernel, row_tiles * count, input, weight, at(linear_bias, columns),
+            states[:, done:], best_ids[done:], tokens, len(weight), hidden, columns.start,
+            count, entries // block["BLOCK_V"], states.stride(0), *input.stride(), *weight.stride(),
+            EVEN_D=hidden % block["BLOCK_D"] == 0, PRECISION=precision(input.dtype),
+            **model, **block,
         )  # fmt: skip
         done += count
     return states, best_ids
+
+
+def _slabs(input: Tensor, linear_weight: Tensor) -> Iterator[slice]:
+    """Yield what of the weight is multiplied at a time: all; under autocast, what is narrowed at a time."""
+    entries = len(linear_weight)
+    if linear_weight.dtype != input.dtype:
+        entries = cdiv(_SLAB_BYTES, input.shape[1] * input.itemsize)
+    return slices(len(linear_weight), entries)
+
+
+def _share_entries(input: Tensor, slabs: list[slice]) -> int:
+    """Return how many entries a share has, whole tiles, so that there are programs for some waves."""
+    block = configuration("state", input)
+    row_tiles, tiles = cdiv(len(input), block["BLOCK_N"]), cdiv(slabs[0].stop, block["BLOCK_V"])
+    programs = _WAVES * processors(input.device)
+    shares = min(tiles, cdiv(programs, max(row_tiles, 1) * len(slabs)))
+    return cdiv(tiles, shares) * block["BLOCK_V"]

@@ -52,10 +52,11 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Run ``programs`` programs of a kernel on the device of its first argument."""
+    """Run ``programs`` programs of a kernel, maybe none, on the device of its first argument."""
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](*args, **options)
+        if programs:
+            kernel[(programs,)](*args, **options)
 
 
 def cdiv(a: int, b: int) -> int:

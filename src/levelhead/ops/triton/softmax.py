@@ -22,6 +22,8 @@ For all tokens at once, without accumulating, either the logits must be kept or 
 of a token is only known after its last entry. That other way is backward.py, and serves every other loss.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ from torch import Tensor
 from ..loss import token_loss
 from ..rows import Rows
 from ..statistics import GradientDtypes, Gradients, statistics_dtype
-from ..sums import at, finish, float16_scale, multiply_, slices, zeros
+from ..sums import at, finish, float16_scale, multiply_, room, slices, zeros
 from ..tile import addmm_
 from .launch import cdiv, configuration, launch
 from .primitives import anchor, capped
@@ -136,27 +138,21 @@ def linear_cross_entropy(
     operand = linear_weight.to(x.dtype)  # a copy under autocast only, as a linear layer would make
     wide, frozen = x.dtype == dtype, gradient_dtypes[1] is None
     tokens = _LOGITS_TOKENS if wide or frozen else _GRADIENT_TOKENS
-    chunks = list(slices(len(x), tokens))
-    da_buffer = _rows_buffer(x, chunks, size, x.dtype)
-    products = da_buffer if wide else _rows_buffer(x, [slice(_LOGITS_TOKENS)], size, dtype)
+    chunks = list(slices(max(len(x), 1), tokens))
+    da_buffer = _rows(min(chunks[0].stop, len(x)), size, x.dtype, x.device)
+    products = da_buffer if wide else _rows(min(_LOGITS_TOKENS, len(x)), size, dtype, x.device)
     stats = torch.empty(3, len(x), dtype=dtype, device=x.device)
-    dx = zeros(x, gradient_dtypes[0], gradient_dtypes[0])
+    dx = room(x, gradient_dtypes[0], gradient_dtypes[0])
     # One chunk is all there is to sum, rounded once at the end of its product.
-    dw = zeros(linear_weight, gradient_dtypes[1], dtype if len(chunks) > 1 else gradient_dtypes[1])
+    dw = room(linear_weight, gradient_dtypes[1], dtype if len(chunks) > 1 else gradient_dtypes[1])
     db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     for chunk in chunks:
-        da = da_buffer[: chunk.stop - chunk.start]
-        for part in slices(len(da), _LOGITS_TOKENS):
-            rows = slice(chunk.start + part.start, chunk.start + part.stop)
-            logits = products[: rows.stop - rows.start]
-            addmm_(logits, x[rows], operand.T, beta=0, alpha=1)
-            launch(
-                softmax_kernel, len(logits), logits, linear_bias, ids[rows], gradient_weight[rows],
-                at(smoothing, rows), stats[:, rows], da[part], size,
-                stats.stride(0), logits.stride(0), da.stride(0),
-                Z_LOSS=z_loss, SOFTCAP=softcap, LOGIT_SCALE=logit_scale,
-                **configuration("softmax", x),
-            )  # fmt: skip
+        da = da_buffer[: len(x[chunk])]
+        _fill_(
+            da, stats[:, chunk], products, x[chunk], operand, linear_bias, ids[chunk],
+            gradient_weight[chunk], at(smoothing, chunk),
+            Z_LOSS=z_loss, SOFTCAP=softcap, LOGIT_SCALE=logit_scale,
+        )  # fmt: skip
         if dx is not None:
             multiply_(dx[chunk], da, operand, alpha=logit_scale)
         if dw is not None:
@@ -170,8 +166,29 @@ def linear_cross_entropy(
     return loss.sum(), kept.put(logsumexp), finish((dx, dw, db), gradient_dtypes, kept)
 
 
-def _rows_buffer(x: Tensor, chunks: list[slice], size: int, dtype: torch.dtype) -> Tensor:
-    """Return room for the first and largest chunk's logits, in rows that start where wide loads want them."""
-    tokens = chunks[0].stop if chunks else 0
-    aligned = cdiv(size, _ALIGNMENT) * _ALIGNMENT
-    return torch.empty(min(tokens, len(x)), aligned, dtype=dtype, device=x.device)[:, :size]
+def _fill_(
+    da: Tensor,  # (M, V), operands' dtype
+    stats: Tensor,  # (3, M)
+    products: Tensor,  # (C, V), float32 at least, overwritten; may be da
+    x: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (M,)
+    token_weight: Tensor,  # (M,)
+    smoothing: Tensor | None,  # (M,)
+    **model: Any,
+) -> None:
+    """Fill in the statistics of M tokens and the gradient of their logits, by way of C tokens' logits at a time."""
+    for rows in slices(len(da), _LOGITS_TOKENS):
+        logits = addmm_(products[: len(da[rows])], x[rows], weight.T, beta=0, alpha=1)
+        launch(
+            softmax_kernel, len(logits), logits, bias, target[rows], token_weight[rows],
+            at(smoothing, rows), stats[:, rows], da[rows], len(weight),
+            stats.stride(0), logits.stride(0), da.stride(0), **model, **configuration("softmax", x),
+        )  # fmt: skip
+
+
+def _rows(tokens: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return room for logits, in rows that start where wide loads want them."""
+    aligned = cdiv(entries, _ALIGNMENT) * _ALIGNMENT
+    return torch.empty(tokens, aligned, dtype=dtype, device=device)[:, :entries]
