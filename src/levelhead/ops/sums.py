@@ -10,7 +10,7 @@ from .statistics import GradientDtypes, Gradients, statistics_dtype
 from .tile import addmm_
 
 # Of a narrow result, how many rows stand in float32 at a time.
-_ROWS = 4096
+_ROWS = 8192
 
 
 def slices(length: int, size: int, multiple: int = 1) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 | stage | kernel | operations | beyond its operands it moves |
 |---|---|---|---|
 | statistics | ``forward.state_kernel`` | 2 NVD | a few numbers a token |
-| any gradient | ``backward.gradient_kernel``, two products of the library | 6 NVD | 4 bytes a logit |
+| any gradient | ``backward.gradient_kernel``, two products of the library | 6 NVD | 6 bytes a logit |
 | loss with its gradient | a product, ``softmax.softmax_kernel``, two products | 6 NVD | 14 bytes a logit |
 
 NVD is one multiply-add per token, vocabulary entry and hidden unit. float16, bfloat16, float32 and float64; sums are

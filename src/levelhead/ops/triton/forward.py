@@ -5,8 +5,9 @@ through the tiles of its share. The shares, a few a token, are merged by a secon
 no atomics, no locks, the same bits every time. A third one reads the picked logits, a dot product each.
 
 The alternative, a library product into a bounded buffer and a kernel that reads it, moves 8 more bytes a logit. On an
-H200 (790 TFLOP/s, 4.8 TB/s) with D = 4096 that is 8 / 4.8e12 s beside 2 D / 790e12 s: 16 % more. A Triton product is
-expected to be 10 to 15 % slower than the library's, so time is a tie and memory decides.
+H200 (about 790 TFLOP/s in large bfloat16 products, 4.8 TB/s) with D = 4096 that is 8 / 4.8e12 s beside 2 D / 790e12 s:
+16 % more. Unless a Triton product is slower by more than that, which is not yet measured, it is no slower here, and it
+needs no buffer.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..statistics import LogitStats, statistics_dtype
 from ..sums import at, slices
-from .launch import cdiv, configuration, launch, precision, processors
+from .launch import cdiv, configuration, dense, launch, precision, processors
 from .primitives import (
     anchor,
     capped,
@@ -185,6 +186,7 @@ def linear_logit_stats(
     logit_scale: float,
 ) -> LogitStats:
     """Return the statistics of the logits, fields of shape (N,) and (N, K)."""
+    linear_bias = dense(linear_bias)
     tokens, dtype = input.shape[:1], statistics_dtype(input.dtype)
     logsumexp, mean, expected, largest = (input.new_empty(tokens, dtype=dtype) for _ in range(4))
     argmax = input.new_empty(tokens, dtype=torch.int64)
@@ -214,7 +216,7 @@ def _states(
     block = configuration("state", input)
     row_tiles = cdiv(tokens, block["BLOCK_N"])
     slabs = list(_slabs(input, linear_weight))
-    entries = _share_entries(input, slabs)
+    entries = _share_entries(tokens, slabs, block, _WAVES * processors(input.device))
     shares = [cdiv(slab.stop - slab.start, entries) for slab in slabs]
     states = input.new_empty(4, sum(shares), tokens, dtype=statistics_dtype(input.dtype))
     best_ids = input.new_empty(sum(shares), tokens, dtype=torch.int32)
@@ -240,10 +242,8 @@ def _slabs(input: Tensor, linear_weight: Tensor) -> Iterator[slice]:
     return slices(len(linear_weight), entries)
 
 
-def _share_entries(input: Tensor, slabs: list[slice]) -> int:
-    """Return how many entries a share has, whole tiles, so that there are programs for some waves."""
-    block = configuration("state", input)
-    row_tiles, tiles = cdiv(len(input), block["BLOCK_N"]), cdiv(slabs[0].stop, block["BLOCK_V"])
-    programs = _WAVES * processors(input.device)
+def _share_entries(tokens: int, slabs: list[slice], block: dict[str, int], programs: int) -> int:
+    """Return how many entries a share has, whole tiles, so that there are so many programs."""
+    row_tiles, tiles = cdiv(tokens, block["BLOCK_N"]), cdiv(slabs[0].stop, block["BLOCK_V"])
     shares = min(tiles, cdiv(programs, max(row_tiles, 1) * len(slabs)))
     return cdiv(tiles, shares) * block["BLOCK_V"]

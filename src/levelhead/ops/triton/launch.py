@@ -16,7 +16,7 @@ import torch
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
 
 
-def configuration(kernel: str, input: torch.Tensor) -> dict[str, Any]:
+def configuration(kernel: str, input: torch.Tensor) -> dict[str, int]:
     """Return a kernel's block sizes, warps and pipeline stages for the device and dtype of ``input``."""
     dtype = str(input.dtype).removeprefix("torch.")
     return dict(_configurations()[kernel, architecture(input.device), dtype])
@@ -57,6 +57,11 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if programs:
             kernel[(programs,)](*args, **options)
+
+
+def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a vector without gaps, as kernels read it; of None None."""
+    return None if vector is None else vector.contiguous()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -6,17 +6,21 @@ once (the second time it stands in the L2 cache), and smoothing, bias, scale and
 Then the library multiplies out. The gradient of the input is complete with its chunk; that of the weight accumulates
 over the chunks in float32, and is rounded once; where one chunk holds all tokens there is nothing to accumulate.
 
-What bounds the chunks, on an H200 (790 TFLOP/s, 4.8 TB/s), beside the three products, 6 D operations a logit:
+What bounds the chunks, on an H200 (about 790 TFLOP/s in large bfloat16 products, 4.8 TB/s), beside the three products,
+6 D operations a logit; derived, not yet measured:
 
-- Reading and writing the logits, 4 + 4 + 2 bytes each: 6 % at D = 4096, 11 % at D = 2304.
-- A logits chunk reads the weight once, 2 V D bytes for 2 C V D operations: it must hold C > 165 tokens, or memory sets
-  the pace; twice that on an H100. _LOGITS_TOKENS = 512.
+- Reading and writing the logits, 4 + 4 + 2 bytes each: 7 % at D = 4096, 12 % at D = 2304.
+- A chunk of logits reads the weight, 2 V D bytes, for 2 C V D operations: below C = 165 tokens memory sets the pace,
+  on an H100 below 236. _LOGITS_TOKENS = 512.
 - Accumulating the gradient of the weight moves 8 V D bytes a chunk of M tokens, for 6 M V D operations: 219 / M of
-  their time, 5 % at _GRADIENT_TOKENS = 4096. Hence two sizes: float32 logits of few tokens, their gradients of many.
+  their time, 11 % at _GRADIENT_TOKENS = 2048 if none of it hides behind them. Hence two sizes: float32 logits of few
+  tokens, their narrow gradients of many. Together 6 KiB an entry; more tokens would be faster, but that is what the
+  logits of 2048 tokens take.
 
-A frozen head needs no second size: 6 x 512 V bytes in all, 4 NVD. A running maximum with a rescaled accumulator, over
-slabs of S entries, would need as few operations, but rescale and add to an (N, D) float32 accumulator with every slab,
-16 N D bytes: 658 / S of the time of its products, where the chunks pay nothing.
+A frozen head needs no second size: 3 KiB an entry, 4 NVD. A running maximum with a rescaled accumulator, over slabs of
+S entries, would need as few operations, but rescale and add to an (N, D) float32 accumulator with every slab,
+16 N D bytes: 658 / S of the time of its products, where the chunks pay nothing. Smoothing is one addition a logit, in a
+kernel that waits for memory: its rank-one form would save nothing.
 
 For all tokens at once, without accumulating, either the logits must be kept or computed twice (8 NVD): the normaliser
 of a token is only known after its last entry. That other way is backward.py, and serves every other loss.
@@ -34,15 +38,19 @@ from ..rows import Rows
 from ..statistics import GradientDtypes, Gradients, statistics_dtype
 from ..sums import at, finish, float16_scale, multiply_, room, slices, zeros
 from ..tile import addmm_
-from .launch import cdiv, configuration, launch
+from .launch import cdiv, configuration, dense, launch
 from .primitives import anchor, capped
 
 _LOGITS_TOKENS = 512
-_GRADIENT_TOKENS = 4096
+_GRADIENT_TOKENS = 2048
 _ALIGNMENT = 64  # of a row of logits, in entries: what libraries and wide loads want
 
 
-@triton.jit
+# What changes from chunk to chunk is not compiled in: where vectors start, and how far apart the statistics are.
+@triton.jit(
+    do_not_specialize=["stats_stride"],
+    do_not_specialize_on_alignment=["target", "token_weight", "label_smoothing", "stats"],
+)
 def softmax_kernel(
     products,  # (N, V), x W^T
     bias,  # (V,) or None
@@ -133,6 +141,7 @@ def linear_cross_entropy(
     kept, size, dtype = Rows(token_weight != 0), len(linear_weight), statistics_dtype(input.dtype)
     x, ids, loss_weight = (kept.take(t).contiguous() for t in (input, target, token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing).contiguous()
+    bias = dense(linear_bias)
     scale = float16_scale(loss_weight) if x.dtype == torch.float16 else None
     gradient_weight = loss_weight if scale is None else loss_weight * scale
     operand = linear_weight.to(x.dtype)  # a copy under autocast only, as a linear layer would make
@@ -149,7 +158,7 @@ def linear_cross_entropy(
     for chunk in chunks:
         da = da_buffer[: len(x[chunk])]
         _fill_(
-            da, stats[:, chunk], products, x[chunk], operand, linear_bias, ids[chunk],
+            da, stats[:, chunk], products, x[chunk], operand, bias, ids[chunk],
             gradient_weight[chunk], at(smoothing, chunk),
             Z_LOSS=z_loss, SOFTCAP=softcap, LOGIT_SCALE=logit_scale,
         )  # fmt: skip
