@@ -4,7 +4,7 @@ BIN := .venv/bin
 # As many test workers as cores, of one thread each, or they fight.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu tune has-gpu clean
 
 demo: .venv/ready
 	$(BIN)/levelhead demo
@@ -21,6 +21,24 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks
 	$(BIN)/levelhead demo --output benchmarks/results/demo
 	$(BIN)/python -m benchmarks.render
+
+# Tests and benchmark on a GPU; then the tuner, which rewrites the pinned launch configurations. Both run as they are in
+# an interpreter that has a GPU build of torch, triton, pytest and hypothesis, without network and without .venv:
+# make gpu GPU_PYTHON=/path/to/python. In a copy without its repository, COMMIT=... says what was measured.
+GPU_PYTHON ?= python3
+
+gpu tune: export PYTHONPATH := src:$(PYTHONPATH)
+
+gpu: has-gpu
+	$(GPU_PYTHON) -m pytest -m gpu -q tests/ops tests/laws tests/triton tests/benchmarks
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+tune: has-gpu
+	$(GPU_PYTHON) -m benchmarks.tune
+
+has-gpu:
+	@$(GPU_PYTHON) -c 'import sys, importlib.util as u; m = [n for n in ("torch", "triton", "pytest", "hypothesis") if u.find_spec(n) is None]; sys.exit(bool(m) and sys.executable + " lacks " + ", ".join(m) + ": make gpu GPU_PYTHON=/path/to/python")'
+	@$(GPU_PYTHON) -m benchmarks.gpu --check
 
 # torch goes first and alone: a machine whose pip offers a CPU build keeps it, because nothing later asks for another.
 .venv/ready: pyproject.toml constraints.txt

@@ -4,13 +4,8 @@ Correctness first: a method whose loss or gradients differ from the dense ones i
 take turns, so that a machine's bad minute hits all of them. Memory is the peak beyond inputs and gradients.
 """
 
-import datetime
 import json
 import multiprocessing
-import os
-import platform
-import statistics
-import subprocess
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -20,10 +15,8 @@ from typing import Any
 import torch
 from rich.progress import track
 
-import levelhead
-
 from .methods import METHODS
-from .step import Case, Step, extra_bytes
+from .step import Case, Step, extra_bytes, machine, quantiles
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 7
@@ -63,37 +56,13 @@ def measure(case: Case) -> list[dict[str, Any]]:
     for name in METHODS:
         row: dict[str, Any] = {"method": name, **asdict(case)}
         if name in sound:
-            low, middle, high = (1e3 * q for q in _quantiles(times[name]))
-            row |= {"ms_p20": low, "ms_p50": middle, "ms_p80": high}
+            row |= quantiles(times[name])
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
                 row["extra_bytes"] = child.submit(extra_bytes, case, name).result()
         else:
             row["failure"] = failures[name]
         rows.append(row)
     return rows
-
-
-def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[1], statistics.median(values), deciles[7]
-
-
-def machine() -> dict[str, Any]:
-    """Return where and with what the rows were measured."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "device": "cpu",
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "levelhead": levelhead.__version__,
-        "commit": commit.stdout.strip(),
-        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 def main() -> None:

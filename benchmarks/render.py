@@ -14,17 +14,20 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 ARCHITECTURES = README.with_name("tests") / "integrations" / "architectures.json"
 Results = dict[str, Any]
+_UNMEASURED = "On a GPU: not yet measured; `make gpu` measures it (`gpu.json` beside it)."
 
 
 def render(readme: str) -> str:
     """Return the README with each block between `<!-- name -->` and `<!-- /name -->` made anew."""
     files = ("cpu.json", "demo/results.json")
     cpu, demo = (json.loads((RESULTS / name).read_text()) for name in files)
+    gpu = RESULTS / "gpu.json"
     blocks = {
         "headline": headline(cpu),
-        "benchmark": benchmark(cpu),
+        "benchmark": benchmark(cpu, json.loads(gpu.read_text()) if gpu.exists() else None),
         "demo": demonstration(demo),
         "works": works(json.loads(ARCHITECTURES.read_text())),
+        "stages": stages(),
     }
     for name, text in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -44,8 +47,8 @@ def headline(results: Results) -> str:
     )
 
 
-def benchmark(results: Results) -> str:
-    """Return the table of time and memory, a line a method and mode."""
+def benchmark(results: Results, gpu: Results | None) -> str:
+    """Return the table of time and memory on a CPU, a line a method and mode, and what is known of GPUs."""
     lines = [
         "| label smoothing 0.1 | time | against dense | memory beyond gradients |",
         "|---|---:|---:|---:|",
@@ -65,9 +68,53 @@ def benchmark(results: Results) -> str:
             f"N = {dense['n']} tokens, D = {dense['d']}, V = {dense['v']}, {dense['dtype']}; "
             f"{machine['cores']} CPU cores, torch {machine['torch']}, commit {machine['commit']}. "
             f"Medians of paired runs; smoothing itself costs {cost:+.1%}. `make bench` measures anew "
-            "(`benchmarks/results/cpu.json`). On a GPU: not yet measured.",
+            f"(`benchmarks/results/cpu.json`). {_UNMEASURED if gpu is None else ''}".rstrip(),
+            *([] if gpu is None else ["", *accelerated(gpu)]),
         ]
     )
+
+
+def accelerated(results: Results) -> list[str]:
+    """Return the table of forward and backward on a GPU, a line a method, and what is to be said about it."""
+    machine, verdicts = results["machine"], results["verdicts"]
+    wanted = ("forward+backward", "bfloat16", False)
+    rows = [r for r in results["rows"] if (r["mode"], r["dtype"], r["autocast"]) == wanted]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = [
+        f"| {machine['device']} | {' | '.join(shapes)} |",
+        "|---" + "|---:" * len(shapes) + "|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [
+            _cell([row for row in rows if (row["method"], row["shape"]) == (method, shape)])
+            for shape in shapes
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    failed = (row for row in rows if "failure" in row)
+    failures = dict.fromkeys(f"{row['method']} ({row['failure']})" for row in failed)
+    missed = [v for v in verdicts if v["verdict"] != "met"]
+    return [
+        *lines,
+        "",
+        f"Forward + backward, N = {rows[0]['n']} tokens, bfloat16, label smoothing 0.1: time and memory beyond the "
+        "gradients; * without smoothing. Bare products: the three multiplications and nothing else. "
+        f"Torch {machine['torch']}, triton {machine['triton']}, driver {machine['driver']}, commit "
+        f"{machine['commit']}; `make gpu` measures anew (`benchmarks/results/gpu.json`).",
+        "",
+        *([f"Not timed: {'; '.join(failures)}.", ""] if failures else []),
+        f"Targets met: {len(verdicts) - len(missed)} of {len(verdicts)}.",
+        *("- {shape}: {target}, at most {at_most:g}: {verdict}".format(**v) for v in missed),
+    ]
+
+
+def _cell(rows: list[Results]) -> str:
+    """Return time and memory of a method on a shape, with smoothing if it has that."""
+    timed = [row for row in rows if "failure" not in row]
+    if not timed:
+        return "not timed"
+    row = max(timed, key=lambda row: row["eps"] or 0)
+    memory = f", {_mebibytes(row)} MiB" if "extra_bytes" in row else ""
+    return f"{row['ms_p50']:.1f} ms{memory}{'*' if row['eps'] == 0 else ''}"
 
 
 def demonstration(results: Results) -> str:
@@ -95,6 +142,40 @@ def demonstration(results: Results) -> str:
             "",
             f"Means over {len(results['seeds'])} seeds, {results['wall_seconds']:.0f} s in all on "
             f"{results['cpu_count']} CPU cores (`benchmarks/results/demo/results.json`).",
+        ]
+    )
+
+
+def stages() -> str:
+    """Return what the stages of the Triton implementation compute and move, for the head of Llama-3 8B."""
+    import torch
+
+    from levelhead.ops.triton import roofline
+
+    shape = n, v, d = 8192, 128256, 4096
+    dtype = torch.bfloat16
+    functions = {
+        "statistics": roofline.statistics(*shape, dtype, roofline.H200),
+        "any gradient of theirs": roofline.statistics_backward(*shape, dtype),
+        "the loss with its gradient": roofline.cross_entropy(*shape, dtype),
+        "the same, frozen head": roofline.cross_entropy(*shape, dtype, frozen=True),
+    }
+    lines = [
+        "| stage | TFLOP | GB read | GB written | launches |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, steps in functions.items():
+        lines.append(f"| **{name}** | | | | |")
+        for step, work in steps.items():
+            numbers = (work.operations / 1e12, work.read / 1e9, work.written / 1e9)
+            cells = " | ".join(f"{number:.2f}" for number in numbers)
+            lines.append(f"| {step} | {cells} | {work.launches} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"N = {n} tokens, V = {v}, D = {d}, bfloat16, as on an H200; counted from the loops, not measured, by "
+            "`ops/triton/roofline.py`, which a test holds to what is launched.",
         ]
     )
 

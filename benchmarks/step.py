@@ -1,11 +1,21 @@
-"""One loss, and its backward, on given tensors: what is timed and whose memory is taken."""
+"""One loss, and its backward, on given tensors: what is timed, whose memory is taken, and on what machine."""
 
+import copy
+import datetime
+import os
+import platform
+import statistics
+import subprocess
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import levelhead
 from levelhead.cli import memory
 
 from .methods import METHODS, Loss
@@ -13,7 +23,10 @@ from .methods import METHODS, Loss
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: `mode` is "forward+backward", "frozen head" or "forward"."""
+    """What is measured: `mode` is "forward+backward", "frozen head", "forward" or "reduction none".
+
+    Under autocast the input is of `dtype`, as a model's body leaves it, and the weight of float32.
+    """
 
     n: int = 2048
     d: int = 512
@@ -21,28 +34,42 @@ class Case:
     eps: float = 0.1
     mode: str = "forward+backward"
     dtype: str = "float32"
+    autocast: bool = False
+    device: str = "cpu"
 
 
 class Step:
     """One loss, and its backward if the case has one, ready to be repeated."""
 
     def __init__(self, case: Case, loss: Loss) -> None:
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator(case.device).manual_seed(0)
         dtype = getattr(torch, case.dtype)
-        backward = case.mode != "forward"
-        x = torch.randn(case.n, case.d, generator=random)
-        weight = torch.randn(case.v, case.d, generator=random) * 3 / case.d**0.5
-        self.x = x.to(dtype).requires_grad_(backward)
-        self.weight = weight.to(dtype).requires_grad_(case.mode == "forward+backward")
-        self.target = torch.randint(0, case.v, (case.n,), generator=random)
+        trainable = case.mode in ("forward+backward", "reduction none")
+        x = torch.randn(case.n, case.d, generator=random, device=case.device)
+        weight = torch.randn(case.v, case.d, generator=random, device=case.device) * 3 / case.d**0.5
+        self.x = x.to(dtype).requires_grad_(case.mode != "forward")
+        self.weight = weight.to(torch.float32 if case.autocast else dtype).requires_grad_(trainable)
+        self.target = torch.randint(0, case.v, (case.n,), generator=random, device=case.device)
+        self.upstream = None  # a scalar's gradient is 1
+        if case.mode == "reduction none":  # every token's its own
+            self.upstream = torch.linspace(0.5, 1.5, case.n, device=case.device) / case.n
         self.case, self.loss = case, loss
+
+    def using(self, loss: Loss, eps: float) -> "Step":
+        """Return the step with another loss and smoothing on the same tensors, whose gradients they share."""
+        other = copy.copy(self)
+        other.loss, other.case = loss, replace(self.case, eps=eps)
+        return other
 
     def __call__(self) -> Tensor:
         """Run it; the gradients of the last run are gone first."""
         self.x.grad = self.weight.grad = None
-        loss = self.loss(self.x, self.weight, self.target, self.case.eps)
+        reduction = "mean" if self.upstream is None else "none"
+        autocast = torch.autocast(self.x.device.type, self.x.dtype) if self.case.autocast else None
+        with autocast or nullcontext():
+            loss = self.loss(self.x, self.weight, self.target, self.case.eps, reduction)
         if loss.requires_grad:
-            loss.backward()
+            loss.backward(self.upstream)
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
@@ -55,14 +82,62 @@ class Step:
         self()
         return time.perf_counter() - start
 
+    def extra_bytes(self) -> int:
+        """Return the peak of one run beyond what stood before it and the gradients that it leaves.
+
+        So what a method keeps from forward to backward counts, unless it becomes the gradient itself: a gradient kept
+        in float32 until it is rounded to float16 counts whole.
+        """
+        self.x.grad = self.weight.grad = None
+        before = memory.reset_peak(self.x.device)
+        self()
+        gradients = sum(gradient.nbytes for gradient in self.gradients())
+        return memory.peak(self.x.device) - before - gradients
+
 
 def extra_bytes(case: Case, method: str) -> int:
-    """Return the peak of one run beyond what stood before it and the gradients it leaves. Needs a fresh process."""
+    """Return a method's extra_bytes on a CPU. Needs a fresh process."""
     if not memory.prepare(torch.device("cpu")):
         raise RuntimeError("peak memory is read from /proc: benchmarks need Linux with glibc")
     step = Step(case, METHODS[method])
     step()  # libraries allocate for good on their first call
-    step.x.grad = step.weight.grad = None
-    before = memory.reset_peak(step.x.device)
-    step()
-    return memory.peak(step.x.device) - before - sum(g.nbytes for g in step.gradients())
+    return step.extra_bytes()
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Return the columns of a row that describe its times, in milliseconds."""
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    low, middle, high = deciles[1], statistics.median(seconds), deciles[7]
+    return {"ms_p20": 1e3 * low, "ms_p50": 1e3 * middle, "ms_p80": 1e3 * high}
+
+
+def machine() -> dict[str, Any]:
+    """Return where and with what the rows were measured."""
+    return {
+        "device": "cpu",
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "levelhead": levelhead.__version__,
+        "commit": commit(),
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """Return the commit of the working tree; of a copy without a repository, what the variable COMMIT says."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        found = ""
+    return found or os.environ.get("COMMIT") or "unknown"
