@@ -122,7 +122,8 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
 def gradients(loss: Tensor, problem: Problem, upstream: Tensor | None = None) -> list[Tensor]:
     """Return the gradients of the parameters; ``upstream`` defaults to distinct numbers per token."""
     if upstream is None:
-        upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+        steps = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device)
+        upstream = steps.view_as(loss)
     return list(torch.autograd.grad(loss, problem.parameters, upstream, retain_graph=True))
 
 

@@ -1,5 +1,6 @@
 """Under torch.compile: one graph, no breaks, no recompilation for another number of tokens, also from cold."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -13,6 +14,12 @@ import levelhead
 from levelhead.ops import chunked
 
 D, V = 8, 37
+# A choice is made inside the operator, a name is checked outside of it.
+RUNS = [
+    (None, "cpu"),
+    pytest.param(None, "cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -21,27 +28,34 @@ def fresh_compiler() -> None:
     torch._dynamo.utils.counters.clear()
 
 
-def _step(function: Any, n: int, **options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _step(
+    function: Any, n: int, device: str = "cpu", **options: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     random = torch.Generator().manual_seed(n)
-    x = torch.randn(n, D, generator=random, requires_grad=True)
-    weight = torch.randn(V, D, generator=random, requires_grad=True)
-    target = torch.randint(0, V, (n,), generator=random)
+    x = torch.randn(n, D, generator=random).to(device).requires_grad_()
+    weight = torch.randn(V, D, generator=random).to(device).requires_grad_()
+    target = torch.randint(0, V, (n,), generator=random).to(device)
     loss = function(x, weight, target, **options)
     return loss, list(torch.autograd.grad(loss.sum(), (x, weight)))
 
 
+# inductor says so whenever it compiles for a GPU that has them.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize(("impl", "device"), RUNS)
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_graph_for_every_number_of_tokens(backend: str, reduction: str) -> None:
+def test_one_graph_for_every_number_of_tokens(
+    backend: str, reduction: str, impl: str | None, device: str
+) -> None:
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(
         levelhead.linear_cross_entropy, backend=counter, fullgraph=True, dynamic=True
     )
-    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0}
+    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0, "impl": impl}
     compilations = []
     for n in (7, 12, 30):
-        expected = _step(levelhead.linear_cross_entropy, n, **options)
-        torch.testing.assert_close(_step(compiled, n, **options), expected)
+        expected = _step(levelhead.linear_cross_entropy, n, device, **options)
+        torch.testing.assert_close(_step(compiled, n, device, **options), expected)
         compilations.append(counter.frame_count)
     assert len(set(compilations)) == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -94,15 +108,16 @@ def test_the_gradient_is_taken_in_the_forward_pass_when_compiled_too(
 
 
 _COLD = """
-import torch, levelhead
+import sys, torch, levelhead
 import torch.nn.functional as F
 
+device, *impl = sys.argv[1:]
 compiled = torch.compile(levelhead.linear_cross_entropy, fullgraph=True, dynamic=True)
 for n in (7, 12, 30):
-    x = torch.randn(2, n, 8, requires_grad=True)
-    weight = torch.randn(37, 8, requires_grad=True)
-    target = torch.randint(0, 37, (2, n))
-    loss = compiled(x, weight, target, label_smoothing=0.1)
+    x = torch.randn(2, n, 8, device=device, requires_grad=True)
+    weight = torch.randn(37, 8, device=device, requires_grad=True)
+    target = torch.randint(0, 37, (2, n), device=device)
+    loss = compiled(x, weight, target, label_smoothing=0.1, impl=impl[0] if impl else None)
     dense = F.cross_entropy((x @ weight.T).flatten(0, 1), target.flatten(), label_smoothing=0.1)
     torch.testing.assert_close(loss, dense)
     gradients = (torch.autograd.grad(value, (x, weight)) for value in (loss, dense))
@@ -113,10 +128,17 @@ print(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
 
 @pytest.mark.slow
-def test_from_the_first_call_of_a_fresh_process(tmp_path: Any) -> None:
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+@pytest.mark.parametrize(("impl", "device"), RUNS)
+def test_from_the_first_call_of_a_fresh_process(
+    impl: str | None, device: str, tmp_path: Any
+) -> None:
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+    }
+    environment = os.environ | caches
     run = subprocess.run(
-        [sys.executable, "-c", _COLD],
+        [sys.executable, "-c", _COLD, device, *([impl] if impl else [])],
         capture_output=True,
         text=True,
         env=environment,

@@ -12,7 +12,13 @@ from levelhead.ops import chunked, tile
 N, D, V = 67, 96, 1003
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+RUNS = [
+    ("chunked", "cpu"),
+    ("reference", "cpu"),
+    pytest.param("chunked", "cuda", marks=pytest.mark.gpu),
+    pytest.param("reference", "cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+]
 
 
 def _problem(
@@ -50,8 +56,7 @@ def within_budget(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(("impl", "device"), RUNS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,8 +80,7 @@ def test_loss_and_gradients_within_budget(
         within_budget(name, got, true, dense)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(("impl", "device"), RUNS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_within_budget_and_the_weight_gradient_stays_wide(
     dtype: torch.dtype, impl: str, device: str

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ops.test_error_budget import RUNS
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,35 +16,39 @@ import levelhead
 N, D, V, K = 7, 4, 13, 2
 
 
-def _tensors(dtype: torch.dtype, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(
+    dtype: torch.dtype, grad: bool = True, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = ((N, D), (V, D), (V,))
-    x, weight, bias = (torch.randn(*s, generator=random).to(dtype) for s in shapes)
+    x, weight, bias = (torch.randn(*s, generator=random).to(device, dtype) for s in shapes)
     return x.requires_grad_(grad), weight.requires_grad_(grad), bias.requires_grad_(grad)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(("impl", "device"), RUNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 class TestOpcheck:
     """All four checks of torch.library.opcheck."""
 
-    def test_statistics(self, dtype: torch.dtype, impl: str) -> None:
-        x, weight, bias = _tensors(dtype)
-        picks = torch.randint(-1, V + 1, (N, K))
+    def test_statistics(self, dtype: torch.dtype, impl: str, device: str) -> None:
+        x, weight, bias = _tensors(dtype, device=device)
+        picks = torch.randint(-1, V + 1, (N, K), device=device)
         args = (x, weight, picks, bias, 3.0, 0.5, impl)
         opcheck(torch.ops.levelhead.linear_logit_stats.default, args)
 
-    def test_their_backward(self, dtype: torch.dtype, impl: str) -> None:
-        x, weight, bias = _tensors(dtype, grad=False)
-        picks, token = torch.randint(-1, V + 1, (N, K)), torch.rand(N)
+    def test_their_backward(self, dtype: torch.dtype, impl: str, device: str) -> None:
+        x, weight, bias = _tensors(dtype, grad=False, device=device)
+        picks = torch.randint(-1, V + 1, (N, K), device=device)
+        token = torch.rand(N, device=device)
         for mask in ([True, True, True], [False, True, False]):
             args = (token, token[:, None].expand(N, K), None, token, x, weight, picks, bias,
                     token, token, None, 0.5, mask, impl)  # fmt: skip
             opcheck(torch.ops.levelhead.linear_logit_stats_backward.default, args)
 
-    def test_loss_with_gradients(self, dtype: torch.dtype, impl: str) -> None:
-        x, weight, bias = _tensors(dtype)
-        target, token = torch.randint(0, V, (N,)), torch.rand(N)
+    def test_loss_with_gradients(self, dtype: torch.dtype, impl: str, device: str) -> None:
+        x, weight, bias = _tensors(dtype, device=device)
+        target = torch.randint(0, V, (N,), device=device)
+        token = torch.rand(N, device=device)
         for mask in ([True, True, True], [True, False, False]):
             leaves = [t if m else t.detach() for t, m in zip((x, weight, bias), mask, strict=True)]
             args = (

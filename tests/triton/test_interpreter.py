@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", ["tests/laws", "tests/triton/interpreted.py"])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "tests/laws",
+        "tests/triton/interpreted.py",
+        "tests/triton/test_gpu_values.py",
+        "tests/triton/test_gpu_edges.py",
+    ],
+)
 def test_in_the_interpreter(tests: str) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "1",

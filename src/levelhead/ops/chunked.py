@@ -140,7 +140,8 @@ def linear_cross_entropy(
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
         picked, mean, logsumexp, total = tile.softmax(t, softcap or 1, ids, out=exps)
-        losses.append(w * token_loss(logsumexp, picked[:, 0], mean, eps, z_loss))
+        loss = w * token_loss(logsumexp, picked[:, 0], mean, eps, z_loss)
+        losses.append(loss.masked_fill(w == 0, 0))  # where it is infinite or NaN, too
         logsumexps.append(logsumexp)
         g = token_loss_backward(w if scale is None else w * scale, logsumexp, eps, z_loss)
         da = tile.gradient_(exps, t, ids, 0, g, None, size, softcap, total)

@@ -140,5 +140,8 @@ def _local(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _finite_(t: Tensor) -> Tensor:
-    """Replace -inf, an entry that is masked out: its probability is 0, and 0 * -inf would be NaN."""
-    return t.clamp_(min=torch.finfo(t.dtype).min)
+    """Replace -inf, an entry that is masked out: its probability is 0, and 0 * -inf would be NaN.
+
+    By no more than float32 holds when it is multiplied by a gradient.
+    """
+    return t.clamp_(min=-1e18)

@@ -113,7 +113,7 @@ def linear_logit_stats_backward(
     block = configuration("gradient", x)
     dx = room(x, gradient_dtypes[0], dtype)
     dw = room(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
-    db = room(linear_weight[:, 0], gradient_dtypes[2], dtype)
+    db = room(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     slabs = list(slices(size, _slab_entries(x, size), _ALIGNMENT))
     buffer = x.new_empty(len(x), slabs[0].stop)
     for columns in slabs:

@@ -160,7 +160,7 @@ def pick_kernel(
     ids = tl.where(inside, ids, 0)
     products = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
     for first in range(0, D, BLOCK_D):
-        units = first + tl.arange(0, BLOCK_D)[None, :]
+        units = first + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
         wanted = inside[:, None] & (units < D)
         x_part = tl.load(
             x + (which // K)[:, None] * x_stride_n + units * x_stride_d, wanted, other=0.0
@@ -238,7 +238,7 @@ def _slabs(input: Tensor, linear_weight: Tensor) -> Iterator[slice]:
     """Yield what of the weight is multiplied at a time: all; under autocast, what is narrowed at a time."""
     entries = len(linear_weight)
     if linear_weight.dtype != input.dtype:
-        entries = cdiv(_SLAB_BYTES, input.shape[1] * input.itemsize)
+        entries = cdiv(_SLAB_BYTES, max(input.shape[1], 1) * input.itemsize)
     return slices(len(linear_weight), entries)
 
 

@@ -56,7 +56,8 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if programs:
-            kernel[(programs,)](*args, **options)
+            # Said, because triton's own default changes with 3.10, and 3.9 warns of it.
+            kernel[(programs,)](*args, enable_fp_fusion=True, **options)
 
 
 def dense(vector: torch.Tensor | None) -> torch.Tensor | None:

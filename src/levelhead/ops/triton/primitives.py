@@ -44,8 +44,11 @@ def tanh(x):
 
 @triton.jit
 def finite(z):
-    """Replace -inf, an entry that is masked out: its probability is 0, and 0 * -inf would be NaN."""
-    return tl.maximum(z, -3.4028234663852886e38)
+    """Replace -inf, an entry that is masked out: its probability is 0, and 0 * -inf would be NaN.
+
+    By no more than float32 holds when it is multiplied by a gradient.
+    """
+    return tl.maximum(z, -1e18)
 
 
 @triton.jit

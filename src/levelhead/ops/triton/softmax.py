@@ -172,6 +172,7 @@ def linear_cross_entropy(
         dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
     logsumexp, picked, mean = stats
     loss = loss_weight * token_loss(logsumexp, picked, mean, smoothing, z_loss)
+    loss = loss.masked_fill(loss_weight == 0, 0)  # where it is infinite or NaN, too
     return loss.sum(), kept.put(logsumexp), finish((dx, dw, db), gradient_dtypes, kept)
 
 
