@@ -1,10 +1,10 @@
-# make demo | test | check | bench: each works on a fresh clone and keeps its environment in .venv.
+# make demo | test | check | aot | bench: each works on a fresh clone and keeps its environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test workers as cores, of one thread each, or they fight.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test check bench gpu tune has-gpu clean
+.PHONY: demo test check aot bench gpu tune has-gpu clean
 
 demo: .venv/ready
 	$(BIN)/levelhead demo
@@ -16,6 +16,10 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compiles the Triton kernels for chips that need not be here, and prints what the compilers made of them.
+aot: .venv/ready
+	$(BIN)/python -m tests.triton.aot
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
