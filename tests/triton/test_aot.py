@@ -106,6 +106,7 @@ def test_spills_are_told_apart_on_amd() -> None:
         ("v_mfma_f64_16x16x4_f64 v[0:7]", "mfma f64"),
         ("v_mfma_f32_32x32x4_xf32 v[0:7]", "mfma xf32"),
         ("fma.rn.f32 %r1, %r2, %r3, %r4;", "fma f32"),
+        ("fma.rn.f64 %r1, %r2, %r3, %r4;", "fma f64"),
     ],
 )
 def test_tf32_is_not_taken_for_exact_float32(text: str, product: str) -> None:
