@@ -177,7 +177,7 @@ def cells(case: Case, report: Report) -> tuple[object, ...]:
         *(case.kernel, case.architecture, case.dtype, case.variant, tile),
         *(options["num_warps"], options.get("num_stages", "-"), report.registers),
         *(f"{report.loop_spills} / {report.other_spills}", f"{report.shared / 1024:.1f}"),
-        case.product or "-",
+        report.product if case.product else "-",
     )
 
 
