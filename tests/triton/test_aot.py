@@ -29,6 +29,7 @@ def test_it_compiles_within_its_budgets(kernel: str) -> None:
     assert not broken, "\n".join(broken)
 
 
+@pytest.mark.slow
 def test_a_tile_too_large_breaks_the_budgets() -> None:
     case = next(c for c in CASES if str(c) == "state sm_80 bfloat16 plain")
     case = replace(case, options=case.options | {"BLOCK_D": 128, "num_stages": 5, "num_warps": 4})
