@@ -16,5 +16,7 @@ settings.load_profile(os.environ.get("LEVELHEAD_HYPOTHESIS", "ci"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Or what a test draws would hang on which tests its worker ran before.
+    torch.manual_seed(0)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
