@@ -74,7 +74,7 @@ def linear_cross_entropy(
         TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
         ValueError: shapes or devices that do not go together; an option out of its range.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
-        RuntimeError: on double backward, which is not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -105,7 +105,8 @@ def linear_cross_entropy(
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
     sharded = checks.is_dtensor(linear_weight)
-    if reduction != "none" and any(needed) and not any(exotic) and not sharded:
+    fused_gradient = any(needed) and not any(exotic) and not sharded and not library.transformed()
+    if reduction != "none" and fused_gradient:
         total = weight.sum()
         if reduction == "mean":
             weight = torch.where(counts, weight / total, 0)
@@ -249,7 +250,7 @@ def linear_logit_stats(
     Raises:
         TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
         ValueError: shapes or devices that do not go together; an option out of its range.
-        RuntimeError: on double backward, which is not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
 
     References:
         Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
@@ -288,8 +289,7 @@ def _stats(input: Tensor, linear_weight: Any, picks: Tensor, *options: Any) -> t
         from .vocab_parallel import linear_logit_stats as of_shards
 
         return of_shards(input, linear_weight, picks, *options)
-    stats: tuple[Tensor, ...] = library.linear_logit_stats(input, linear_weight, picks, *options)
-    return stats
+    return library.differentiable_stats(input, linear_weight, picks, *options)
 
 
 def _autocast(input: Tensor) -> Tensor:

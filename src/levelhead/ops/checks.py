@@ -161,6 +161,10 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> No
     """Refuse targets outside the vocabulary, where looking at them needs no host synchronisation."""
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(
+        target
+    ):  # by vmap, say: look at the whole batch
+        target = torch._C._functorch.get_unwrapped(target)
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if outside.any():
         position = tuple(outside.nonzero()[0].tolist())

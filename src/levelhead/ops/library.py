@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import checks, flops
+from . import checks, flops, vmap
 from .loss import token_loss_backward
 from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
@@ -151,7 +152,7 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     logsumexp, picked, mean, expected, _, _ = grad_outputs
-    gradients = linear_logit_stats_backward(
+    gradients = differentiable_stats_backward(
         logsumexp, picked, mean, expected, *ctx.saved_tensors,
         ctx.softcap, ctx.logit_scale, mask, ctx.impl,
     )  # fmt: skip
@@ -162,7 +163,7 @@ def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | No
 linear_logit_stats.register_autograd(_stats_backward, setup_context=_save_stats)
 
 
-def _refuse_double_backward(*_: object) -> None:
+def _refuse_double_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
         "levelhead does not implement double backward: the gradient of linear_cross_entropy or "
         "linear_logit_stats was differentiated. Compute the loss with "
@@ -190,7 +191,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 11
-    if ctx.gradients is None or torch.is_grad_enabled():
+    if ctx.gradients is None or torch.is_grad_enabled() or transformed() or _is_batch(grad_loss):
         gradients = _recomputed_gradients(ctx, grad_loss)
     else:
         gradients = tuple(_scaled(gradient, grad_loss) for gradient in ctx.gradients)
@@ -210,14 +211,19 @@ linear_cross_entropy.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
 def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients anew: the stored ones are spent, or were asked for with create_graph=True."""
+    """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
     input, linear_weight, target, linear_bias, token_weight, eps, logsumexp = ctx.saved_tensors
     gradient = token_loss_backward(grad_loss * token_weight, logsumexp, eps, ctx.z_loss)
-    gradients: tuple[Tensor, ...] = linear_logit_stats_backward(
+    return differentiable_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
         logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
     )  # fmt: skip
-    return gradients
+
+
+def _is_batch(gradient: Tensor) -> bool:
+    """Return whether an upstream gradient is a batch of them, of torch.autograd.grad(is_grads_batched=True)."""
+    compiling = torch.compiler.is_compiling()  # which would stumble over the question
+    return not compiling and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -232,6 +238,88 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
         block = gradient[start : start + _SCALED_ROWS]
         block.copy_(block * factor)
     return gradient
+
+
+# torch.func and forward-mode differentiation.
+
+
+def transformed() -> bool:
+    """Return whether torch.func (grad, vjp, vmap, ...) or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiable_stats(*args: Any) -> tuple[Tensor, ...]:
+    """Return the result of the operator ``linear_logit_stats``, whatever differentiates it."""
+    function = _Stats.apply if transformed() else linear_logit_stats
+    stats: tuple[Tensor, ...] = function(*args)  # type: ignore[no-untyped-call]
+    return stats
+
+
+def differentiable_stats_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Return the result of ``linear_logit_stats_backward``, or refuse where that is differentiated."""
+    function = _StatsBackward.apply if transformed() else linear_logit_stats_backward
+    gradients: tuple[Tensor, ...] = function(*args)  # type: ignore[no-untyped-call]
+    return gradients
+
+
+def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, jacfwd or "
+        "hessian, or of torch.autograd.forward_ad) reached linear_cross_entropy or linear_logit_stats. Use reverse "
+        "mode (torch.func.grad, vjp, jacrev), or compute the loss with "
+        "torch.nn.functional.cross_entropy(input @ linear_weight.T, target) where tangents are needed."
+    )
+
+
+class _Stats(torch.autograd.Function):
+    """The operator where a transform is under way, for which register_autograd and its dispatch do nothing.
+
+    torch.func refuses what register_autograd makes, and forward mode passes it over: its tangents would be zero.
+    """
+
+    forward = staticmethod(linear_logit_stats)
+    setup_context = staticmethod(_save_stats)
+    backward = staticmethod(_stats_backward)
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+        return vmap.linear_logit_stats(differentiable_stats, info.batch_size, in_dims, args)
+
+
+class _StatsBackward(torch.autograd.Function):
+    """Its backward likewise, which has no derivative."""
+
+    forward = staticmethod(linear_logit_stats_backward)
+    backward = staticmethod(_refuse_double_backward)
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+        return vmap.linear_logit_stats_backward(
+            differentiable_stats_backward, info.batch_size, in_dims, args
+        )
+
+
+@linear_logit_stats.register_vmap
+def _(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+    return vmap.linear_logit_stats(linear_logit_stats, info.batch_size, in_dims, args)
+
+
+@linear_logit_stats_backward.register_vmap
+def _(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+    return vmap.linear_logit_stats_backward(
+        linear_logit_stats_backward, info.batch_size, in_dims, args
+    )
+
+
+@linear_cross_entropy.register_vmap
+def _(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+    return vmap.loop(linear_cross_entropy, info.batch_size, in_dims, args)
 
 
 # Shapes and dtypes.
