@@ -47,7 +47,8 @@ def linear_cross_entropy(
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
         linear_weight: the output embedding, shape ``(V, D)``; as a DTensor sharded over its rows, the head is
             tensor-parallel: ranks exchange a few statistics per token, and ``input`` and ``target`` must be the same
-            on all of them.
+            on all of them. A replicated DTensor goes with DTensors of tokens that are sharded over their first
+            dimension: each rank works on its own, and the gradient of the head is a partial sum, as torch's is.
         target: ids in ``[0, V)`` or ``ignore_index``, shape ``(...)``, integer. Where no host synchronisation is
             needed to look at them (eager CPU) others raise; elsewhere they make the loss NaN.
         linear_bias: shape ``(V,)``.
@@ -95,6 +96,10 @@ def linear_cross_entropy(
     checks.check_target_range(target, linear_weight.shape[0], ignore_index)
     if token_weight is not None:
         checks.check_token_weight(token_weight, target)
+    sharded = False
+    if checks.any_dtensor(input, linear_weight, target, linear_bias, token_weight, label_smoothing):
+        tokens = {"token_weight": token_weight, "label_smoothing": label_smoothing}
+        sharded = _is_sharded(input, linear_weight, linear_bias, {"target": target, **tokens})
 
     x, ids = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     counts = ids != ignore_index
@@ -104,7 +109,6 @@ def linear_cross_entropy(
 
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
-    sharded = checks.is_dtensor(linear_weight)
     fused_gradient = any(needed) and not any(exotic) and not sharded and not library.transformed()
     if reduction != "none" and fused_gradient:
         total = weight.sum()
@@ -125,7 +129,7 @@ def linear_cross_entropy(
         # The mean of nothing is NaN, as in torch, and its gradient zero.
         return fused[0] if reduction == "sum" else fused[0].masked_fill(total == 0, torch.nan)
 
-    stats = _stats(x, linear_weight, ids[:, None], linear_bias, *model, impl)
+    stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, *model, impl)
     # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
     logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
     losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
@@ -233,7 +237,7 @@ def linear_logit_stats(
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
-        linear_weight: the output embedding, shape ``(V, D)``, or a DTensor sharded over its rows, as in
+        linear_weight: the output embedding, shape ``(V, D)``, or a DTensor, as in
             :func:`linear_cross_entropy`.
         picks: vocabulary ids, one or K a token, shape ``(...)`` or ``(..., K)``, integer; repeats allowed. An id
             outside ``[0, V)``, such as an ignored target, picks nothing: 0, without gradient.
@@ -267,11 +271,14 @@ def linear_logit_stats(
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("picks", picks, input, several=True)
     checks.check_options(softcap, logit_scale, impl, input)
+    sharded = False
+    if checks.any_dtensor(input, linear_weight, picks, linear_bias):
+        sharded = _is_sharded(input, linear_weight, linear_bias, {"picks": picks})
     tokens = input.shape[:-1]
     per_token = 1 if picks.shape == tokens else picks.shape[-1]
     x = input.reshape(tokens.numel(), input.shape[-1])
     ids = picks.long().reshape(tokens.numel(), per_token)
-    stats = _stats(x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
+    stats = _stats(sharded, x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
     logsumexp, picked, mean, expected, largest, argmax = stats
     return LogitStats(
         logsumexp.reshape(tokens),
@@ -283,13 +290,26 @@ def linear_logit_stats(
     )
 
 
-def _stats(input: Tensor, linear_weight: Any, picks: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def _is_sharded(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, tokens: dict[str, Any]
+) -> bool:
+    """Return whether the head is sharded over the vocabulary; refuse DTensors that do not go together otherwise."""
+    if checks.is_sharded(linear_weight):
+        return True
+    from .sharding import check_layout
+
+    head = {"linear_weight": linear_weight, "linear_bias": linear_bias}
+    check_layout({"input": input, **tokens}, head)
+    return False
+
+
+def _stats(sharded: bool, *args: Any) -> tuple[Tensor, ...]:
     """Return the statistics (N,) and (N, K) of flat arguments; those of a sharded head are merged over its ranks."""
-    if checks.is_dtensor(linear_weight):
+    if sharded:
         from .vocab_parallel import linear_logit_stats as of_shards
 
-        return of_shards(input, linear_weight, picks, *options)
-    return library.differentiable_stats(input, linear_weight, picks, *options)
+        return of_shards(*args)
+    return library.differentiable_stats(*args)
 
 
 def _autocast(input: Tensor) -> Tensor:

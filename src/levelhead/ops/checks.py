@@ -62,11 +62,33 @@ def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         )
 
 
-def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, without importing what defines it."""
+def any_dtensor(*tensors: object) -> bool:
+    """Return whether one of the tensors is a DTensor, without importing what defines it."""
     # Where nothing has imported it, nothing can be one.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Return whether a tensor is a DTensor, without importing what defines it."""
+    return any_dtensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrappers that torch.func's transforms put around it, of which a compiler has none."""
+    if torch.compiler.is_compiling():
+        return tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_sharded(linear_weight: Tensor) -> bool:
+    """Return whether a head is a DTensor that is not the same on all ranks."""
+    return any_dtensor(linear_weight) and not all(
+        placement.is_replicate()
+        for placement in linear_weight.placements  # type: ignore[attr-defined]
+    )
 
 
 def autocast_is_on(device_type: str) -> bool:
@@ -161,10 +183,7 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> No
     """Refuse targets outside the vocabulary, where looking at them needs no host synchronisation."""
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
         return
-    while torch._C._functorch.is_functorch_wrapped_tensor(
-        target
-    ):  # by vmap, say: look at the whole batch
-        target = torch._C._functorch.get_unwrapped(target)
+    target = unwrapped(target)  # of a batch, the whole
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if outside.any():
         position = tuple(outside.nonzero()[0].tolist())
