@@ -1,6 +1,7 @@
 """One thin file per framework; none of them imports its framework before it is used."""
 
 from .check import PatchCheck, check_patch
+from .inductor import inductor_options
 from .patch import patch_model, unpatch_model
 
-__all__ = ["PatchCheck", "check_patch", "patch_model", "unpatch_model"]
+__all__ = ["PatchCheck", "check_patch", "inductor_options", "patch_model", "unpatch_model"]

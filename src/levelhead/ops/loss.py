@@ -15,7 +15,7 @@ def token_loss(
     logsumexp: Tensor,  # (N,)
     picked: Tensor,  # (N,), the target's logit
     mean: Tensor,  # (N,)
-    label_smoothing: Tensor | None,  # (N,)
+    label_smoothing: Tensor | float | None,  # (N,), or one for all
     z_loss: float,
 ) -> Tensor:
     """Return the loss of each token, shape (N,)."""

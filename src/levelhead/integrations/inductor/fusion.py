@@ -1,0 +1,352 @@
+"""The pass: which losses of a graph can do without logits, and the nodes that then take their place.
+
+It runs on the graph of torch functions that Dynamo has recorded, before autograd. Whatever a model and a training
+script do between a linear layer and its loss stands there in the open. `follow.py` says what becomes of
+the logits; here it is decided whether anything needs them; `rewrite.py` holds what is put in.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ... import ops
+from ...ops.checks import is_dtensor
+from . import rewrite
+from .follow import LOSSES, Uses, uses_of_logits
+from .nodes import Layer, argument, changed_by, function_name, linear_layer, storage, tensor
+from .tiles import Reduction, Tile, UnsupportedUseError
+
+_logger = logging.getLogger(__package__)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FuseLinearCrossEntropy(CustomGraphPass):
+    """Replaces losses of the logits of a linear layer by the operators; see `inductor_options`."""
+
+    def __init__(self, smoothing: float | None, drop_logits: bool) -> None:
+        self._smoothing = smoothing
+        self._drop_logits = drop_logits
+
+    def uuid(self) -> tuple[str, float | None, bool]:
+        """Everything the result depends on beside the graph: part of the key of Inductor's caches."""
+        return _source(), self._smoothing, self._drop_logits
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite a graph in place, and the graphs within it: those of checkpointed regions, for example."""
+        within = graph.owning_module.children() if graph.owning_module is not None else ()
+        for child in within:
+            if isinstance(child, GraphModule):
+                self(child.graph)
+                child.recompile()
+        missed = {node for node in graph.nodes if function_name(node) in LOSSES}
+        for head, uses in uses_of_logits(graph).items():
+            picked = [r for r in uses.reductions if r.statistic == "picked"]
+            losses = [r.node for r in uses.reductions if r.statistic == "cross_entropy"] + uses.lost
+            missed.difference_update(losses)
+            if not losses and not picked:
+                continue  # a linear layer like any other
+            losses += [r.node for r in picked if r.tile.kind == "log_probs"]
+            try:
+                self._fuse(graph, head, uses)
+            except UnsupportedUseError as reason:
+                if losses:  # and not a router's probabilities, say
+                    self._decline(losses[0], f"the loss of {_name(head)}", str(reason))
+        for node in missed:
+            self._decline(node, function_name(node), "the graph has no linear layer of its logits")
+
+    def _decline(self, loss: Node, what: str | None, reason: str) -> None:
+        counters["levelhead"]["declined"] += 1
+        unsmoothed = "" if self._smoothing is None else ", without smoothing"
+        _warn_once(f"levelhead leaves {what}{_where(loss)} as it is{unsmoothed}: {reason}")
+
+    def _fuse(self, graph: Graph, head: Node, uses: Uses) -> None:
+        if uses.reasons:
+            raise UnsupportedUseError(uses.reasons[0])
+        trained = any(tensor(r.node).requires_grad for r in uses.reductions)
+        if uses.outputs and not trained:
+            return  # evaluation that wants the logits: they serve its loss as well
+        drop = self._drop_logits and trained
+        for _, tile in uses.outputs if drop else []:
+            if not _is_as_returned(tile):
+                raise UnsupportedUseError("the graph returns its logits in another form")
+        call = _call_of(graph, head, uses.reductions)
+        losses = [r for r in uses.reductions if r.statistic == "cross_entropy"]
+        if len(uses.reductions) == 1 and losses:
+            self._put_loss(call, losses[0])
+        else:
+            self._put_statistics(call, uses.reductions, set(uses.nodes))
+        if drop:
+            _drop(call, uses.outputs)
+        elif uses.outputs:
+            _warn_once(
+                f"levelhead computes the logits of {call.name}, which the graph returns, beside its loss; "
+                "inductor_options(drop_logits=True) leaves them out"
+            )
+        if drop or not uses.outputs:
+            _ask_hidden_states(call, uses.sizes)
+        if self._smoothing is not None and trained and not losses:
+            _warn_once(
+                "levelhead smooths F.cross_entropy and F.nll_loss; the loss of "
+                f"{call.name}{_where(uses.reductions[0].node)} is written otherwise, and computed as written"
+            )
+        for node in reversed(uses.nodes):
+            if not node.users:
+                graph.erase_node(node)
+
+    def _put_loss(self, call: _Call, loss: Reduction) -> None:
+        """Put the fused loss in place of the only thing that needs the logits."""
+        _check_unchanged(call.graph, call.read, call.head, loss.node)
+        options = {**call.options, **self._loss_options(loss)}
+        with call.graph.inserting_before(loss.node):
+            new = call.graph.call_function(
+                rewrite.linear_cross_entropy, (*call.arguments, loss.picks), options
+            )
+        loss.node.replace_all_uses_with(new)
+        _report("linear_cross_entropy", call, loss.node, options)
+
+    def _put_statistics(
+        self, call: _Call, reductions: list[Reduction], made_of_logits: set[Node]
+    ) -> None:
+        """Put the statistics before all that needs the logits, and make each of those of them."""
+        graph = call.graph
+        picking = [r for r in reductions if r.picks is not None]
+        place = min((r.node for r in reductions), key=_order(graph).__getitem__)
+        _check_unchanged(graph, call.read, call.head, place)
+        _hoist(graph, [r.picks for r in picking], place, made_of_logits)
+        for reduction in picking:
+            _check_unchanged(graph, [reduction.picks], place, reduction.node)
+        with graph.inserting_before(place):
+            stats = graph.call_function(
+                rewrite.linear_logit_stats,
+                (*call.arguments, [r.picks for r in picking]),
+                {"picks_per_token": [r.width for r in picking], **call.options},
+            )
+        order, column = _order(graph), 0
+        for reduction in reductions:
+            late = max(reduction.node, place, key=order.__getitem__)
+            with graph.inserting_before(late):
+                new = self._of_statistics(graph, stats, reduction, column)
+            reduction.node.replace_all_uses_with(new)
+            column += reduction.width
+        _report("linear_logit_stats", call, reductions[0].node, call.options)
+
+    def _of_statistics(self, graph: Graph, stats: Node, reduction: Reduction, column: int) -> Node:
+        tile, result = reduction.tile, tensor(reduction.node)
+        common = {
+            "vocabulary": tensor(tile.logits.head).shape[-1],
+            "detached": not result.requires_grad,
+        }
+        if reduction.statistic == "cross_entropy":
+            options = {**self._loss_options(reduction), **common, "column": column}
+            return graph.call_function(rewrite.cross_entropy, (stats, reduction.picks), options)
+        keeps_dim = result.dim() == tensor(reduction.of).dim()
+        sizes = [size if isinstance(size, int) else -1 for size in result.shape]
+        options = {
+            "kind": tile.kind,
+            "name": reduction.statistic,
+            "columns": (column, column + reduction.width),
+            "factor": tile.factor,
+            # With several dynamic sizes tokens have the dimensions that they had in the hidden states.
+            "shape": tuple(sizes) if sizes.count(-1) < 2 else None,
+            "keepdim": tile.logits.dim if keeps_dim else None,
+            "dtype": result.dtype,
+        }
+        return graph.call_function(rewrite.statistic, (stats,), {**options, **common})
+
+    def _loss_options(self, loss: Reduction) -> dict[str, Any]:
+        smoothed = self._smoothing is not None and tensor(loss.node).requires_grad
+        eps = self._smoothing if smoothed else loss.options["label_smoothing"]
+        return {**loss.options, "label_smoothing": eps, "dtype": tensor(loss.node).dtype}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What every call of an operator on one head has in common."""
+
+    graph: Graph
+    head: Node
+    layer: Layer
+    arguments: tuple[Node, Node, Node | None]
+    options: dict[str, Any]  # see rewrite.py
+    read: list[Node]  # what a call reads, later than the head did
+
+    @property
+    def name(self) -> str:
+        return _name(self.head)
+
+
+def _call_of(graph: Graph, head: Node, reductions: list[Reduction]) -> _Call:
+    """Return how to call an operator on a head; all uses of the logits must need the same statistics."""
+    layer = linear_layer(head)
+    logits = reductions[0].tile.logits
+    if layer is None or any(r.tile.logits.source != logits.source for r in reductions):
+        raise UnsupportedUseError(
+            "its logits are used scaled in several ways, or of several sets of tokens"
+        )
+    arguments = layer.input, layer.weight, layer.bias or logits.bias
+    operands, returned = [tensor(n) for n in arguments if n is not None], tensor(head)
+    dtypes = {t.dtype for t in operands}
+    autocast = dtypes != {returned.dtype}
+    if any(is_dtensor(t) for t in operands):
+        raise UnsupportedUseError("it is a DTensor; patch_model serves tensor parallelism")
+    if not dtypes <= set(_FLOATS) or (autocast and torch.float64 in dtypes):
+        raise UnsupportedUseError(f"it multiplies {', '.join(map(str, sorted(dtypes, key=str)))}")
+    index = logits.index
+    shift = _shift(index[0], operands[0].dim()) if len(index) == 1 else None
+    options = {
+        "transposed": layer.transposed,
+        "index": () if shift else index,
+        "shift": shift,
+        "grad": returned.requires_grad,
+        "autocast": returned.dtype if autocast else None,
+        "softcap": logits.outer,
+        "logit_scale": logits.inner * (logits.outer or 1.0),
+    }
+    read = [n for n in (*arguments, *_nodes_in(index)) if n is not None]
+    return _Call(graph, head, layer, arguments, options, read)
+
+
+def _shift(index: tuple[Any, ...], rank: int) -> str | None:
+    """Return whether an index of (..., T, D) leaves out the last or the first of T alone, and which."""
+    items = list(index)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
+    items += [slice(None)] * (rank - len(items))
+    if len(items) != rank or any(i != slice(None) for i in (*items[:-2], items[-1])):
+        return None
+    taken = items[-2]
+    if not isinstance(taken, slice) or taken.step not in (None, 1):
+        return None
+    if taken.start in (None, 0) and taken.stop == -1:
+        return "last"
+    return "first" if taken.start == 1 and taken.stop is None else None
+
+
+def _is_as_returned(tile: Tile) -> bool:
+    """Return whether a tile is what the head returned, perhaps scaled, capped, or of some tokens only."""
+    logits = tile.logits
+    last = logits.dim == tensor(logits.head).dim() - 1
+    return tile.kind == "logits" and tile.picks is None and not logits.reshaped and last
+
+
+def _drop(call: _Call, outputs: list[tuple[Node, Tile]]) -> None:
+    """Return something without memory in place of the logits."""
+    output = next(iter(reversed(call.graph.nodes)))
+    for node, tile in outputs:
+        logits = tensor(node)
+        options = {
+            "vocabulary": logits.shape[-1],
+            "dtype": logits.dtype,
+            "index": tile.logits.index,
+        }
+        with call.graph.inserting_before(output):
+            new = call.graph.call_function(rewrite.stand_in, (call.layer.input,), options)
+        output.replace_input_with(node, new)
+
+
+def _ask_hidden_states(call: _Call, sizes: list[Node]) -> None:
+    """Take sizes of the logits from the hidden states, and the vocabulary's from the weight."""
+    last = tensor(call.head).dim() - 1
+
+    def ask(node: Node, dim: int) -> None:
+        vocabulary = dim % (last + 1) == last
+        source = call.layer.weight if vocabulary else call.layer.input
+        with call.graph.inserting_before(node):
+            dim = int(call.layer.transposed) if vocabulary else dim
+            node.replace_all_uses_with(call.graph.call_method("size", (source, dim)))
+
+    for node in sizes:
+        if len(node.args) > 1 and function_name(node) == "size":
+            ask(node, argument(node, 1, "dim"))
+            continue
+        for user in list(node.users):
+            ask(user, argument(user, 1, "index"))
+            call.graph.erase_node(user)
+
+
+def _hoist(graph: Graph, picks: list[Any], place: Node, made_of_logits: set[Node]) -> None:
+    """Move what picks are computed from before `place`, as far as it stands behind."""
+    order = _order(graph)
+    behind: set[Node] = set()
+    waiting = [node for node in picks if order[node] >= order[place]]
+    while waiting:
+        node = waiting.pop()
+        if node in made_of_logits or changed_by(node):
+            raise UnsupportedUseError("its targets are computed from its logits, or in place")
+        _check_unchanged(graph, node.all_input_nodes, place, node)
+        behind.add(node)
+        waiting += [n for n in node.all_input_nodes if order[n] >= order[place] and n not in behind]
+    for node in sorted(behind, key=order.__getitem__):
+        place.prepend(node)
+
+
+def _check_unchanged(graph: Graph, read: list[Any], start: Node, end: Node) -> None:
+    """Refuse to read tensors at `end` that were read at `start` and have been changed in between."""
+    storages = {storage(node) for node in read if tensor(node) is not None}
+    order = _order(graph)
+    for node in graph.nodes:
+        if order[start] < order[node] < order[end] and any(
+            storage(changed) in storages for changed in changed_by(node)
+        ):
+            raise UnsupportedUseError(
+                f"a tensor that it is computed from is changed in place{_where(node)}"
+            )
+
+
+def _nodes_in(argument: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(argument, found.append)
+    return found
+
+
+def _order(graph: Graph) -> dict[Node, int]:
+    return {node: position for position, node in enumerate(graph.nodes)}
+
+
+def _name(head: Node) -> str:
+    """Return the name of a head's weight, as a module is named where it belongs to one."""
+    layer = linear_layer(head)
+    weight = str(layer.weight.target) if layer and layer.weight.op == "placeholder" else head.name
+    return re.sub(r"^L_.*?_modules_|_parameters_\w+_$", "", weight).replace("_modules_", ".")
+
+
+def _where(node: Node) -> str:
+    """Return where in the source a node was called, as far as that is known."""
+    places = re.findall(r'File "(.+)", line (\d+)', node.stack_trace or "")
+    return f" at {Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+
+
+def _report(operator_name: str, call: _Call, loss: Node, options: dict[str, Any]) -> None:
+    counters["levelhead"][operator_name] += 1
+    shown = ("label_smoothing", "softcap", "logit_scale")
+    chosen = ", ".join(f"{name}={options[name]}" for name in shown if name in options)
+    _logger.info("%s%s: %s(%s)", call.name, _where(loss), operator_name, chosen)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+@functools.cache
+def _source() -> str:
+    """Return a digest of this pass and of the operators, whose autograd formulas end up in compiled graphs."""
+    files = [*Path(__file__).parent.glob("*.py"), *Path(ops.__file__).parent.rglob("*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""Every spelling of the corpus: computed by the operator it is marked with, or left alone; equal either way."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from tests.integrations.inductor.backend import pass_only
+from tests.integrations.inductor.corpus import LOSS, SPELLINGS, STATISTICS
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from levelhead.integrations.inductor import fusion
+
+B, T, D, V = 2, 6, 5, 17
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    fusion._warn_once.cache_clear()
+
+
+def _problem() -> tuple[list[Tensor], Tensor]:
+    random = torch.Generator().manual_seed(0)
+    h, weight, bias = (
+        torch.randn(*shape, generator=random, dtype=torch.float64).requires_grad_()
+        for shape in ((B, T, D), (V, D), (V,))
+    )
+    y = torch.randint(0, V, (B, T), generator=random)
+    y[0, 2] = y[1, 4] = -100
+    return [h, weight, bias], y
+
+
+def _step(function: Any, parameters: list[Tensor], y: Tensor) -> tuple[Any, ...]:
+    results = function(*parameters, y)
+    results = results if isinstance(results, tuple) else (results,)
+    gradients = torch.autograd.grad(results[0], parameters, allow_unused=True)
+    return *results, *gradients
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling(name: str, dynamic: bool) -> None:
+    function, expected = SPELLINGS[name]
+    parameters, y = _problem()
+    compiled = torch.compile(function, backend=pass_only(), fullgraph=True, dynamic=dynamic)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        actual = _step(compiled, parameters, y)
+    ours = [str(w.message) for w in caught if "levelhead" in str(w.message)]
+    if expected in (LOSS, STATISTICS):
+        assert counters["levelhead"] == {expected: 1}, ours
+        assert not ours
+    else:
+        assert counters["levelhead"] == {"declined": 1}
+        assert len(ours) == 1
+        assert expected in ours[0]
+        assert "corpus.py:" in ours[0]
+    for got, true in zip(actual, _step(function, parameters, y), strict=True):
+        if true is None:
+            assert got is None
+            continue
+        # Rounding of the dtype that the spelling computes in; one of them rounds logits to bfloat16.
+        single = torch.float32 in (actual[0].dtype, true.dtype)
+        tolerance = 2e-2 if "autocast" in name else 2e-6 if single else 1e-11
+        torch.testing.assert_close(got, true, rtol=tolerance, atol=tolerance)
