@@ -297,6 +297,15 @@ def test_a_second_derivative_is_refused(reduction: str) -> None:
         grad(norm)(x)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """What it gave up on would run uncompiled in later tests, too."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 def test_compiled_around_or_inside_it_is_the_same() -> None:
     """The compiler leaves a transformed loss to run as it is: a break in the graph."""
@@ -307,7 +316,6 @@ def test_compiled_around_or_inside_it_is_the_same() -> None:
     def inside(x: Tensor) -> Any:
         return grad(torch.compile(ours("mean"), backend="aot_eager"))(x, w, bias, t)
 
-    torch._dynamo.reset()
     assert_equal(torch.compile(outside, backend="aot_eager")(X), outside(X))
     assert_equal(inside(x), grad(ours("mean"))(x, w, bias, t))
     with pytest.raises(RuntimeError, match="does not implement forward-mode"):

@@ -75,7 +75,7 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Return the tensor inside the wrappers that torch.func's transforms put around it, of which a compiler has none."""
+    """Return the tensor inside the wrappers of torch.func's transforms, of which a compiler has none."""
     if torch.compiler.is_compiling():
         return tensor
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
