@@ -90,6 +90,56 @@ def test_flops_of_statistics_and_backward() -> None:
     assert counter.get_total_flops() == (2 + 6) * N * V * D
 
 
+# In NVD, a multiply-add being two operations: the logits, and what the gradients of input and weight add.
+@pytest.mark.parametrize(
+    ("reduction", "needed", "forward", "backward"),
+    [
+        ("mean", (True, True, True), 6, 0),
+        ("sum", (True, True, False), 6, 0),
+        ("mean", (True, False, False), 4, 0),  # a frozen head
+        ("mean", (False, True, False), 4, 0),  # a frozen body
+        ("mean", (False, False, True), 2, 0),  # of the bias there is no product
+        ("mean", (False, False, False), 2, None),
+        ("none", (True, True, True), 2, 6),
+        ("none", (True, False, False), 2, 4),
+        ("none", (False, True, False), 2, 4),
+        ("none", (False, False, False), 2, None),
+    ],
+)
+def test_flops_forward_and_backward(
+    reduction: Any, needed: tuple[bool, ...], forward: int, backward: int | None
+) -> None:
+    tensors = _tensors(torch.float32)
+    x, weight, bias = (t.requires_grad_(n) for t, n in zip(tensors, needed, strict=True))
+    with FlopCounterMode(display=False) as counter:
+        loss = levelhead.linear_cross_entropy(
+            x, weight, torch.zeros(N).long(), linear_bias=bias, reduction=reduction
+        )
+    assert counter.get_total_flops() == forward * N * V * D
+    assert loss.requires_grad == (backward is not None)
+    if backward is not None:
+        with FlopCounterMode(display=False) as counter:
+            loss.sum().backward()
+        assert counter.get_total_flops() == backward * N * V * D
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_flops_without_grad(reduction: Any) -> None:
+    x, weight, _ = _tensors(torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        levelhead.linear_cross_entropy(x, weight, torch.zeros(N).long(), reduction=reduction)
+    assert counter.get_total_flops() == 2 * N * V * D
+
+
+def test_flops_of_a_second_backward_are_those_of_statistics() -> None:
+    x, weight, _ = _tensors(torch.float32)
+    loss = levelhead.linear_cross_entropy(x, weight, torch.zeros(N).long())
+    loss.backward(retain_graph=True)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == 6 * N * V * D
+
+
 def test_shapes_follow_on_the_meta_device() -> None:
     x, weight, target = torch.empty(2, 3, D), torch.empty(V, D), torch.empty(2, 3).long()
     meta = [t.to("meta").requires_grad_(t.is_floating_point()) for t in (x, weight, target)]
