@@ -93,7 +93,7 @@ def linear_cross_entropy(
     checks.check_ids("target", target, input, several=False)
     checks.check_options(softcap, logit_scale, impl, input)
     checks.check_loss_options(label_smoothing, reduction, z_loss, target)
-    checks.check_target_range(target, linear_weight.shape[0], ignore_index)
+    in_range = checks.check_target_range(target, linear_weight.shape[0], ignore_index)
     if token_weight is not None:
         checks.check_token_weight(token_weight, target)
     sharded = False
@@ -103,7 +103,10 @@ def linear_cross_entropy(
 
     x, ids = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     counts = ids != ignore_index
-    weight = _token_weight(token_weight, ids, counts, linear_weight.shape[0], input.dtype)
+    weight = _token_weight(token_weight, counts, statistics_dtype(input.dtype))
+    if not in_range:  # nobody has looked: where the target is no id at all, the loss is NaN
+        outside = counts & ((ids < 0) | (ids >= linear_weight.shape[0]))
+        weight = weight.masked_fill(outside, torch.nan)
     smoothing = _smoothing(label_smoothing, weight)
     model = (softcap, float(logit_scale))
 
@@ -325,16 +328,11 @@ def _gradients_needed(*tensors: Tensor | float | None) -> list[bool]:
     return [enabled and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors]
 
 
-def _token_weight(
-    token_weight: Tensor | None, ids: Tensor, counts: Tensor, vocabulary: int, dtype: torch.dtype
-) -> Tensor:
-    """Return each token's weight (N,): 0 where ignored, NaN where the target is not an id at all."""
-    dtype = statistics_dtype(dtype)
-    weight = counts.to(dtype)
-    if token_weight is not None:
-        weight = token_weight.reshape(-1).to(dtype).where(counts, 0)
-    outside = counts & ((ids < 0) | (ids >= vocabulary))
-    return weight.masked_fill(outside, torch.nan)
+def _token_weight(token_weight: Tensor | None, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return each token's weight (N,), 0 where ignored."""
+    if token_weight is None:
+        return counts.to(dtype)
+    return token_weight.reshape(-1).to(dtype).where(counts, 0)
 
 
 def _smoothing(label_smoothing: float | Tensor, weight: Tensor) -> Tensor | None:

@@ -179,10 +179,10 @@ def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
         )
 
 
-def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Refuse targets outside the vocabulary, where looking at them needs no host synchronisation."""
+def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bool:
+    """Refuse targets outside the vocabulary; return False where looking at them would need a host synchronisation."""
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
-        return
+        return False
     target = unwrapped(target)  # of a batch, the whole
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if outside.any():
@@ -191,3 +191,4 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> No
             f"target{list(position)} is {target[position].item()}, outside [0, {vocabulary}) and not "
             f"ignore_index = {ignore_index}; {int(outside.sum())} of {target.numel()} targets are"
         )
+    return True
