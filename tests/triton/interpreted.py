@@ -216,7 +216,7 @@ def _assert_within_budget(problem: Problem, actual: Tensor, yardstick: Tensor) -
 def test_a_vocabulary_of_50257_and_one_token(
     reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product = {"BLOCK_N": 4, "BLOCK_V": 4096, "BLOCK_D": 8}
+    product = {"BLOCK_N": 1, "BLOCK_V": 4096, "BLOCK_D": 8}
     wide = {"state": product, "gradient": product, "softmax": {"BLOCK_V": 4096}}
     chosen = launch.configuration
     for module in (forward, backward, softmax):
@@ -244,6 +244,30 @@ def test_offsets_of_operands_beyond_two_to_the_31() -> None:
     actual = kernels.linear_logit_stats(far_x, far_w, picks, None, None, 1.0)
     expected = kernels.linear_logit_stats(x, weight, picks, None, None, 1.0)
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
+def test_of_equal_logits_the_smallest_id_wins_within_a_tile_and_across() -> None:
+    weight = torch.zeros(50, 3, dtype=torch.float64)
+    weight[[5, 9, 21, 40]] = 1
+    x = torch.tensor([[1.0], [-1], [0]]).double().expand(3, 3)
+    nothing = torch.zeros(3, 0, dtype=torch.int64)
+    for bias, ids in ((None, [5, 0, 0]), (torch.full((50,), -torch.inf).double(), [0, 0, 0])):
+        stats = kernels.linear_logit_stats(x, weight, nothing, bias, None, 1.0)
+        assert stats.argmax.tolist() == ids
+    assert (stats.max == -torch.inf).all()
+    assert (stats.logsumexp == -torch.inf).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("entry", [0, 20, 49])
+def test_a_nan_among_a_tokens_logits_is_in_its_statistics_and_no_others(entry: int) -> None:
+    x, weight, _ = _tensors(3, 4, 50, False, torch.float64)
+    x[:, 2], weight[entry, 2] = torch.tensor([-1, 0, -1]), torch.inf  # -inf, NaN, -inf
+    picks = torch.zeros(3, 0, dtype=torch.int64)
+    stats = kernels.linear_logit_stats(x, weight, picks, None, None, 1.0)
+    for name in ("logsumexp", "mean", "expected", "max"):
+        assert getattr(stats, name).isnan().tolist() == [False, True, False], name
 
 
 def test_the_interpreter_refuses_bfloat16() -> None:

@@ -78,9 +78,8 @@ def state_kernel(
             LOGIT_SCALE, EVEN_D, BLOCK_D, PRECISION, DTYPE,
         )  # fmt: skip
         z, _ = capped(a, SOFTCAP)
-        state = merge_states(
-            state, tile_state(z, (columns < V)[None, :], first_id + columns[None, :])
-        )
+        part = tile_state(z, (columns < V)[None, :], first_id + tile * BLOCK_V)
+        state = merge_states(state, part)
     largest, total, weighted, sums, best = state
     share_rows = tl.cast(share, tl.int64) * N + rows
     field = field_stride.to(tl.int64)
@@ -123,6 +122,11 @@ def merge_kernel(
         )
         state = merge_states(state, other)
     largest, total, weighted, sums, best = state
+    # Of a NaN among a token's logits only their sum tells.
+    known = sums == sums
+    largest = tl.where(known, largest, sums)
+    total = tl.where(known, total, sums)
+    weighted = tl.where(known, weighted, sums)
     tl.store(logsumexp + rows, anchor(largest) + tl.log(total), mask)
     tl.store(mean + rows, sums / V, mask)
     # The total is at least 1, the largest entry's, unless all are masked out: then their sum is 0 and not NaN.

@@ -111,14 +111,22 @@ def empty_state(N: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def tile_state(z, inside, ids):
-    """Return the state of those entries of a tile (BLOCK_N, BLOCK_V) that are ``inside``; ids are (1, BLOCK_V)."""
+def tile_state(z, inside, first_id):
+    """Return the state of those entries of a tile (BLOCK_N, BLOCK_V) that are ``inside``; of a NaN, only its sum.
+
+    As few reductions as possible, or a tile of sums no longer fits the registers beside what they shuffle.
+    """
     sums = tl.sum(tl.where(inside, z, 0.0), 1)
-    z = tl.where(inside, z, float("-inf"))
-    largest = tl.max(z, 1)
+    z = tl.where(inside & (z == z), z, float("-inf"))
+    largest, best = tl.max(z, 1, return_indices=True)  # the smallest index in a tie
     exps = tl.exp(z - anchor(largest)[:, None])
-    best = tl.min(tl.where(z == largest[:, None], ids, 2147483647), 1)
-    return largest, tl.sum(exps, 1), tl.sum(exps * finite(z), 1), sums, best
+    total, weighted = tl.reduce((exps, exps * finite(z)), 1, _add_pairs)
+    return largest, total, weighted, sums, first_id + best
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
