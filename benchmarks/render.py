@@ -180,6 +180,36 @@ def stages() -> str:
     )
 
 
+def boundary(results: Results) -> str:
+    """Return the table of what a call costs layer by layer, and how many operators run."""
+    medians = {
+        (row["layer"], row["function"], row["direction"]): row["us_p50"] for row in results["rows"]
+    }
+    functions = list(dict.fromkeys(row["function"] for row in results["rows"]))
+    columns = [(name, way) for name in functions for way in ("forward", "forward+backward")]
+    lines = [
+        "| microseconds | " + " | ".join(f"`{name}`, {way}" for name, way in columns) + " |",
+        "|---" + "|---:" * len(columns) + "|",
+    ]
+    for layer in dict.fromkeys(row["layer"] for row in results["rows"]):
+        times = [medians.get((layer, *column)) for column in columns]
+        cells = " | ".join("" if time is None else f"{time:.0f}" for time in times)
+        lines.append(f"| {layer} | {cells} |")
+    problem, machine, count = results["problem"], results["machine"], results["operators"]
+    ways = [f"{name} {found['forward']} and {found['backward']}" for name, found in count.items()]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"N = {problem['n']} tokens, D = {problem['d']}, V = {problem['v']}: almost nothing to compute. Medians of "
+            f"{results['rounds']} rounds in which all take turns, processor time of one thread; torch "
+            f"{machine['torch']}, commit {machine['commit']}. Operators of ours that run forward and backward, by "
+            f"reduction: {', '.join(ways)}. `python -m benchmarks.boundary` measures anew "
+            "(`benchmarks/results/boundary.json`).",
+        ]
+    )
+
+
 def works(table: Results) -> str:
     """Return where a patched model was held against an unpatched one: in the sweep, and in several processes."""
     lines = ["| where | held against dense label smoothing | in |", "|---|---|---|"]
