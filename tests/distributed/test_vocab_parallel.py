@@ -248,6 +248,7 @@ REFUSED = {
     "bias not sharded": "with placements (Replicate(),); use distribute_tensor(linear_bias",
     "sharded input": "input.redistribute(placements=[Replicate()])",
     "target": "use target.full_tensor()",
+    "token weight": "use token_weight.full_tensor()",
     "other shards": "rank 0 holds",
     "other targets": "must work on the same batch",
 }

@@ -438,6 +438,9 @@ REFUSALS: dict[str, Callable[[Problem], Problem]] = {
     "bias not sharded": _as_dtensor("linear_bias", Replicate()),
     "sharded input": _as_dtensor("input", Shard(0)),
     "target": _as_dtensor("target", Replicate()),
+    "token weight": lambda part: _as_dtensor("token_weight", Replicate())(
+        replace(part, token_weight=weights())
+    ),
     "other shards": _other_shards,
     "other targets": _shifted_target,
 }

@@ -294,10 +294,13 @@ def linear_logit_stats(
 
 
 def _is_sharded(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, tokens: dict[str, Any]
+    input: Tensor, linear_weight: Any, linear_bias: Tensor | None, tokens: dict[str, Any]
 ) -> bool:
     """Return whether the head is sharded over the vocabulary; refuse DTensors that do not go together otherwise."""
     if checks.is_sharded(linear_weight):
+        from .vocab_parallel import check_tokens
+
+        check_tokens(linear_weight, tokens)
         return True
     from .sharding import check_layout
 

@@ -36,15 +36,7 @@ def linear_logit_stats(
         ValueError: placements other than these; targets that differ between the ranks (eager CPU; elsewhere the
             statistics become NaN).
     """
-    mesh, placements = linear_weight.device_mesh, linear_weight.placements
-    sharded = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
-    if len(sharded) != 1 or any(p not in (Shard(0), Replicate()) for p in placements):
-        raise ValueError(
-            "linear_weight is a DTensor with placements "
-            f"{tuple(placements)}; a head is parallel over its vocabulary, with one Shard(dim=0) and Replicate() "
-            "on every other mesh dimension. Lay it out so with linear_weight.redistribute(placements=[Shard(0)]) or "
-            "ColwiseParallel, or gather it with linear_weight.full_tensor()"
-        )
+    mesh, placements, dim = linear_weight.device_mesh, linear_weight.placements, _dim(linear_weight)
     if linear_bias is not None and not _laid_out(linear_bias, linear_weight, placements):
         raise ValueError(
             f"linear_bias must be a DTensor on the mesh of linear_weight with its placements {tuple(placements)}, got "
@@ -57,12 +49,6 @@ def linear_logit_stats(
             "input must be a plain tensor that is the same on every rank, or a DTensor on the mesh of linear_weight "
             f"that is Replicate() everywhere, got {_layout(input)}; use input.redistribute(placements=[Replicate()])"
         )
-    if isinstance(picks, DTensor):
-        raise ValueError(
-            "target (or picks) must be a plain tensor beside a linear_weight that is a DTensor, got "
-            f"{_layout(picks)}; use target.full_tensor()"
-        )
-    dim = sharded[0]
     return vocab_parallel_logit_stats(
         input.to_local() if isinstance(input, DTensor) else input,
         linear_weight.to_local(),
@@ -74,6 +60,17 @@ def linear_logit_stats(
         rows_of_shards(linear_weight.shape[0], mesh.size(dim)),
         mesh.get_group(dim),
     )
+
+
+def check_tokens(linear_weight: DTensor, tokens: dict[str, Any]) -> None:
+    """Refuse, beside a head sharded over the vocabulary, DTensors that have an entry for each token; by name."""
+    _dim(linear_weight)
+    for name, tensor in tokens.items():
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{name} must be a plain tensor, the same on every rank, beside a linear_weight that is sharded, got "
+                f"{_layout(tensor)}; use {name}.full_tensor()"
+            )
 
 
 def rows_of_shards(vocabulary: int, ranks: int) -> list[int]:
@@ -164,6 +161,20 @@ class _VocabParallelLogitStats(torch.autograd.Function):
             dist.all_reduce(dx.detach(), group=ctx.group)  # dx itself refuses a double backward
         dx, dw, db = (g if needed else None for g, needed in zip((dx, dw, db), mask, strict=True))
         return dx, dw, None, db, None, None, None, None, None
+
+
+def _dim(linear_weight: DTensor) -> int:
+    """Return the mesh dimension over which the vocabulary is sharded; refuse other layouts."""
+    placements = linear_weight.placements
+    sharded = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
+    if len(sharded) != 1 or any(p not in (Shard(0), Replicate()) for p in placements):
+        raise ValueError(
+            "linear_weight is a DTensor with placements "
+            f"{tuple(placements)}; a head is parallel over its vocabulary, with one Shard(dim=0) and Replicate() "
+            "on every other mesh dimension. Lay it out so with linear_weight.redistribute(placements=[Shard(0)]) or "
+            "ColwiseParallel, or gather it with linear_weight.full_tensor()"
+        )
+    return sharded[0]
 
 
 def _merged(
