@@ -106,12 +106,29 @@ def current_call() -> LossCall | None:
 
 def run(call: LossCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run `forward` as `call`; None hides an outer call from the heads of models inside it."""
-    global _call
-    outer, _call = _call, call
+    outer = _exchange(call)
     try:
         return forward(*args, **kwargs)
     finally:
-        _call = outer
+        _exchange(outer)
+
+
+def _exchange(call: LossCall | None) -> LossCall | None:
+    """Make `call` the forward under way; return the one that was."""
+    if not torch.compiler.is_compiling():
+        return _set(call)
+    # In torch.utils.checkpoint around the model the compiler refuses to trace a change of what is outside, because it
+    # would not repeat it with the recomputed forward. There is nothing to repeat: `run` changes it back.
+    from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer
+
+    outer: LossCall | None = _disable_side_effect_safety_checks_for_current_subtracer(_set, call)
+    return outer
+
+
+def _set(call: LossCall | None) -> LossCall | None:
+    global _call
+    outer, _call = _call, call
+    return outer
 
 
 class LossHead(nn.Linear):
