@@ -71,6 +71,17 @@ def test_a_smoothing_tensor_changes_without_recompilation() -> None:
     assert counter.frame_count == 1
 
 
+def test_a_smoothing_number_is_compiled_for_each_value() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(levelhead.linear_cross_entropy, backend=counter, fullgraph=True)
+    graphs = []
+    for eps in (0.1, 0.25, 0.4, 0.1):
+        expected = _step(levelhead.linear_cross_entropy, 9, label_smoothing=eps)
+        torch.testing.assert_close(_step(compiled, 9, label_smoothing=eps), expected)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 3, 3]
+
+
 def test_statistics_and_entropy_in_one_graph() -> None:
     def entropy(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         stats = levelhead.linear_logit_stats(x, weight, target)
