@@ -1,0 +1,36 @@
+"""Compiled: one graph, no break, no recompile, one loss a step, equal to the eager dense one; each from cold."""
+
+import pytest
+from tests.integrations.compile_cases import CASES, Case, cold_counts, expected
+
+
+def _named(backend):
+    return [
+        pytest.param(
+            case, id=f"{case.what}, {case.mode}", marks=[pytest.mark.slow] * (backend == "inductor")
+        )
+        for case in CASES
+        if case.backend == backend
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("case", _named("aot_eager"))
+def test_by_aot_eager(case, cache):
+    counts = cold_counts(case, cache)
+    assert counts == expected(case, counts)
+
+
+@pytest.mark.parametrize("case", _named("inductor"))
+def test_by_inductor(case, cache):
+    counts = cold_counts(case, cache)
+    assert counts == expected(case, counts)
+
+
+def test_from_the_first_import(tmp_path):
+    case = Case("llama", "training", "aot_eager")
+    assert cold_counts(case, str(tmp_path), imports_too=True) == expected(case)
