@@ -78,8 +78,9 @@ class LossCall:
 
     def hand_back(self, logits: Tensor) -> Tensor:
         """The loss, for `logits` that are what the model made of the head's output."""
-        stand_in = logits.shape[:-1].numel() == 1  # (1, 1, 1), or a bias (V,) was added to it
-        if self.loss is None or not (self.keep_logits or stand_in):
+        # The stand-in is (1, 1, 1), or a bias (V,) was added to it. Logits that are kept are not asked for
+        # their size, which torch.export would take for a constant.
+        if self.loss is None or not (self.keep_logits or logits.shape[:-1].numel() == 1):
             raise RuntimeError(
                 "the loss was asked for, but the patched head did not compute it: the head was "
                 "replaced or wrapped after patch_model (by an adapter, quantisation or "

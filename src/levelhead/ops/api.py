@@ -1,5 +1,6 @@
 """The public functions: what they mean, what they accept, what they refuse. Nothing here computes a logit."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -279,8 +280,9 @@ def linear_logit_stats(
         sharded = _is_sharded(input, linear_weight, linear_bias, {"picks": picks})
     tokens = input.shape[:-1]
     per_token = 1 if picks.shape == tokens else picks.shape[-1]
-    x = input.reshape(tokens.numel(), input.shape[-1])
-    ids = picks.long().reshape(tokens.numel(), per_token)
+    n = math.prod(tokens)  # tokens.numel() would be a constant to torch.export
+    x = input.reshape(n, input.shape[-1])
+    ids = picks.long().reshape(n, per_token)
     stats = _stats(sharded, x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
     logsumexp, picked, mean, expected, largest, argmax = stats
     return LogitStats(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # Of input, linear_weight and linear_bias: the dtype to round to (None: not needed), and the gradient.
 GradientDtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
@@ -39,6 +40,10 @@ class LogitStats(NamedTuple):
     expected: Tensor
     max: Tensor
     argmax: Tensor
+
+
+# What torch.export saves it as: a NamedTuple has no name of its own there.
+pytree._register_namedtuple(LogitStats, serialized_type_name="levelhead.LogitStats")
 
 
 class StatsGradient(NamedTuple):
