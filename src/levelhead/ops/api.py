@@ -129,6 +129,7 @@ def linear_cross_entropy(
             *model,
             needed,
             impl,
+            library.VERSION,
         )
         # The mean of nothing is NaN, as in torch, and its gradient zero.
         return fused[0] if reduction == "sum" else fused[0].masked_fill(total == 0, torch.nan)

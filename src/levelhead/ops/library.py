@@ -10,7 +10,9 @@ flat here, (N, D) and (N,); shapes, defaults and errors are the business of api.
 what is narrow has been narrowed by api.py, and float32 accumulators must stay float32.
 """
 
+import hashlib
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,12 @@ from . import checks, flops, vmap
 from .loss import token_loss_backward
 from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
+# A digest of the operators' sources. Every call hands it to them, and they ignore it: a constant of a graph is part of
+# the key of the compiler's caches, and autograd formulas are not. Without it a graph compiled by one version of this
+# package would go on computing the gradients of that version after an upgrade.
+VERSION = hashlib.sha256(
+    b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+).hexdigest()[:16]
 # Rows of a narrow gradient that are widened at a time, to be multiplied by the upstream gradient.
 _SCALED_ROWS = 2048
 
@@ -43,6 +51,7 @@ def linear_logit_stats(
     softcap: float | None,
     logit_scale: float,
     impl: str | None,
+    version: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of LogitStats."""
     with torch.autocast(input.device.type, enabled=False):
@@ -116,6 +125,7 @@ def linear_cross_entropy(
     logit_scale: float,
     output_mask: list[bool],
     impl: str | None,
+    version: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
 
@@ -142,7 +152,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, picks, linear_bias, ctx.softcap, ctx.logit_scale, ctx.impl = inputs
+    input, linear_weight, picks, linear_bias, ctx.softcap, ctx.logit_scale, ctx.impl, _ = inputs
     stats = LogitStats(*output)
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
@@ -157,7 +167,7 @@ def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | No
         ctx.softcap, ctx.logit_scale, mask, ctx.impl,
     )  # fmt: skip
     dx, dw, db = _none_where_not_needed(gradients, mask)
-    return dx, dw, None, db, None, None, None
+    return dx, dw, None, db, *(None,) * 4
 
 
 linear_logit_stats.register_autograd(_stats_backward, setup_context=_save_stats)
@@ -177,7 +187,7 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, linear_weight, target, linear_bias, token_weight, label_smoothing, *options = inputs
-    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl = options
+    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, _ = options
     _, logsumexp, *gradients = output
     ctx.mark_non_differentiable(logsumexp, *gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
@@ -190,7 +200,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 11
+        return (None,) * 12
     if ctx.gradients is None or torch.is_grad_enabled() or transformed() or _is_batch(grad_loss):
         gradients = _recomputed_gradients(ctx, grad_loss)
     else:
@@ -203,7 +213,7 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
         None if dw is None else dw.to(linear_weight.dtype),
         None,
         None if db is None else db.to(linear_bias.dtype),
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
@@ -251,7 +261,7 @@ def transformed() -> bool:
 def differentiable_stats(*args: Any) -> tuple[Tensor, ...]:
     """Return the result of the operator ``linear_logit_stats``, whatever differentiates it."""
     function = _Stats.apply if transformed() else linear_logit_stats
-    stats: tuple[Tensor, ...] = function(*args)  # type: ignore[no-untyped-call]
+    stats: tuple[Tensor, ...] = function(*args, VERSION)  # type: ignore[no-untyped-call]
     return stats
 
 
@@ -284,7 +294,10 @@ class _Stats(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
-        return vmap.linear_logit_stats(differentiable_stats, info.batch_size, in_dims, args)
+        *head, _ = args  # differentiable_stats gives the version itself
+        return vmap.linear_logit_stats(
+            differentiable_stats, info.batch_size, in_dims[:-1], tuple(head)
+        )
 
 
 class _StatsBackward(torch.autograd.Function):

@@ -66,7 +66,7 @@ def check_layout(tokens: dict[str, Any], head: dict[str, Any]) -> None:
             )
 
 
-def _rules(results: str, arguments: list[tuple[str, Any]]) -> list[Rule]:
+def _rules(results: str, arguments: str, args: tuple[Any, ...]) -> list[Rule]:
     """Return both ways to share an operator's work: each rank has some tokens, or all of them.
 
     A letter says what a tensor is: per (t)oken, of the (h)ead, a (s)um over the tokens, or (n)o tensor worth the name.
@@ -76,7 +76,10 @@ def _rules(results: str, arguments: list[tuple[str, Any]]) -> list[Rule]:
     return [
         (
             [place[kind] for kind in results],
-            [None if given is None else place.get(kind) for kind, given in arguments],
+            [
+                None if given is None else place.get(kind)
+                for kind, given in zip(arguments.ljust(len(args), "-"), args, strict=True)
+            ],
         )
         for place in (sharded, whole)
     ]
@@ -90,18 +93,18 @@ def _gradients(output_mask: list[bool]) -> str:
     _OPS.linear_logit_stats.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules("tttttt", list(zip("thth---", args, strict=True)))
+    return _rules("tttttt", "thth", args)
 
 
 @register_sharding(  # type: ignore[untyped-decorator]
     _OPS.linear_logit_stats_backward.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules(_gradients(args[12]), list(zip("ttttththtt----", args, strict=True)))
+    return _rules(_gradients(args[12]), "ttttththtt", args)
 
 
 @register_sharding(  # type: ignore[untyped-decorator]
     _OPS.linear_cross_entropy.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules("st" + _gradients(args[9]), list(zip("ththtt-----", args, strict=True)))
+    return _rules("st" + _gradients(args[9]), "ththtt", args)

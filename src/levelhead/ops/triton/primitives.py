@@ -82,7 +82,7 @@ def logits_before_softcap(
     DTYPE: tl.constexpr,
 ):
     """Return a tile of ``LOGIT_SCALE * (x W^T + b)``, (BLOCK_N, BLOCK_V), accumulated in DTYPE: 2 NVD."""
-    units = tl.arange(0, BLOCK_D)
+    units = tl.arange(0, BLOCK_D).to(tl.int64)
     x_tile = x + rows.to(tl.int64)[:, None] * x_stride_n + units[None, :] * x_stride_d
     w_tile = (
         weight + columns.to(tl.int64)[None, :] * weight_stride_v + units[:, None] * weight_stride_d
@@ -95,8 +95,8 @@ def logits_before_softcap(
             x_part = tl.load(x_tile, mask=(first + units)[None, :] < D, other=0.0)
             w_part = tl.load(w_tile, mask=(first + units)[:, None] < D, other=0.0)
         a = tl.dot(x_part, w_part, a, input_precision=PRECISION, out_dtype=DTYPE)
-        x_tile += BLOCK_D * x_stride_d
-        w_tile += BLOCK_D * weight_stride_d
+        x_tile += tl.cast(BLOCK_D, tl.int64) * x_stride_d
+        w_tile += tl.cast(BLOCK_D, tl.int64) * weight_stride_d
     if bias is not None:
         a += tl.load(bias + columns).to(DTYPE)[None, :]
     return a * LOGIT_SCALE
