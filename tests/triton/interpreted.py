@@ -246,6 +246,16 @@ def test_offsets_of_operands_beyond_two_to_the_31() -> None:
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
 
 
+def test_offsets_of_hidden_units_beyond_two_to_the_31() -> None:
+    n, d, v, stride = 3, 5, 4, 2**29 + 8
+    x, weight, _ = _tensors(n, d, v, False, torch.float16)
+    far_x = torch.empty(d * stride, dtype=torch.float16).as_strided((n, d), (1, stride)).copy_(x)
+    picks = torch.tensor([[3], [0], [2]])
+    actual = kernels.linear_logit_stats(far_x, weight, picks, None, None, 1.0)
+    expected = kernels.linear_logit_stats(x, weight, picks, None, None, 1.0)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
 def test_of_equal_logits_the_smallest_id_wins_within_a_tile_and_across() -> None:
     weight = torch.zeros(50, 3, dtype=torch.float64)
