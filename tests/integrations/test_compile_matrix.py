@@ -1,7 +1,13 @@
 """Compiled: one graph, no break, no recompile, one loss a step, equal to the eager dense one; each from cold."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
-from tests.integrations.compile_cases import CASES, Case, cold_counts, expected
+from tests.integrations.compile_cases import CASES, Case, Counts, cold_counts, expected
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compile.json"
 
 
 def _named(backend):
@@ -34,3 +40,11 @@ def test_by_inductor(case, cache):
 def test_from_the_first_import(tmp_path):
     case = Case("llama", "training", "aot_eager")
     assert cold_counts(case, str(tmp_path), imports_too=True) == expected(case)
+
+
+def test_the_committed_counts_are_of_these_cases_and_as_expected():
+    rows = json.loads(RESULTS.read_text())["rows"]
+    names = Counts.__dataclass_fields__
+    for case, row in zip(CASES, rows, strict=True):
+        counts = Counts(**{name: row[name] for name in names})
+        assert row == asdict(case) | asdict(expected(case, counts))
