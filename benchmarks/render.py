@@ -1,4 +1,4 @@
-"""Write the README's figures from results/, and where it works from the tests: `python -m benchmarks.render`.
+"""Write the figures of README and docs/ from results/, and what works from the tests: `python -m benchmarks.render`.
 
 A test fails when they differ.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+CUSTOM_OP = README.with_name("docs") / "custom_op.md"
 ARCHITECTURES = README.with_name("tests") / "integrations" / "architectures.json"
 Results = dict[str, Any]
 _UNMEASURED = "On a GPU: not yet measured; `make gpu` measures it (`gpu.json` beside it)."
@@ -22,19 +23,34 @@ def render(readme: str) -> str:
     files = ("cpu.json", "demo/results.json")
     cpu, demo = (json.loads((RESULTS / name).read_text()) for name in files)
     gpu = RESULTS / "gpu.json"
-    blocks = {
-        "headline": headline(cpu),
-        "benchmark": benchmark(cpu, json.loads(gpu.read_text()) if gpu.exists() else None),
-        "demo": demonstration(demo),
-        "works": works(json.loads(ARCHITECTURES.read_text())),
-        "stages": stages(),
-    }
+    return _filled(
+        readme,
+        {
+            "headline": headline(cpu),
+            "benchmark": benchmark(cpu, json.loads(gpu.read_text()) if gpu.exists() else None),
+            "demo": demonstration(demo),
+            "works": works(json.loads(ARCHITECTURES.read_text())),
+            "stages": stages(),
+            "compile": compiled(json.loads((RESULTS / "compile.json").read_text())),
+            "corpus": corpus(),
+        },
+    )
+
+
+def render_custom_op(page: str) -> str:
+    """Return docs/custom_op.md likewise."""
+    return _filled(
+        page, {"boundary": boundary(json.loads((RESULTS / "boundary.json").read_text()))}
+    )
+
+
+def _filled(page: str, blocks: dict[str, str]) -> str:
     for name, text in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(readme):
-            raise ValueError(f"the README has no block {name!r}")
-        readme = block.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme)
-    return readme
+        if not block.search(page):
+            raise ValueError(f"the page has no block {name!r}")
+        page = block.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
+    return page
 
 
 def headline(results: Results) -> str:
@@ -210,6 +226,81 @@ def boundary(results: Results) -> str:
     )
 
 
+def compiled(results: Results) -> str:
+    """Return what compiles, with graphs and recompilations, a line a mode."""
+    lines = ["| | of | graphs | recompiled | backend |", "|---|---|---:|---:|---|"]
+    rows, machine = results["rows"], results["machine"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        found = [row for row in rows if row["mode"] == mode]
+        whats = list(dict.fromkeys(_WHAT.get(row["what"], row["what"]) for row in found))
+        by = {b: {r["what"] for r in found if r["backend"] == b} for b in ("aot_eager", "inductor")}
+        inductor = [
+            _WHAT.get(w, w) for w in dict.fromkeys(r["what"] for r in found) if w in by["inductor"]
+        ]
+        of_inductor = (
+            "both"
+            if by["inductor"] == by["aot_eager"]
+            else f"aot_eager; inductor: {', '.join(inductor)}"
+        )
+        backends = of_inductor if inductor else "aot_eager"
+        failures = [row["failure"] for row in found if "failure" in row]
+        if failures:
+            lines.append(
+                f"| {mode} | {', '.join(whats)} | {failures[0]} | | {', '.join(backends)} |"
+            )
+            continue
+        if any(row["breaks"] for row in found):
+            raise ValueError(f"{mode}: the table has no column for graph breaks")
+        unpatched = [row["graphs_unpatched"] for row in found]
+        graphs = (
+            "as many as unpatched"
+            if None not in unpatched and unpatched == [row["graphs"] for row in found]
+            else "/".join(sorted({str(row["graphs"]) for row in found}))
+        )
+        recompiled = "/".join(sorted({str(row["recompiles"]) for row in found}))
+        cells = (mode, ", ".join(whats), graphs, recompiled, backends)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`fullgraph=True`, no graph break in any of {len(rows)} cases, each from a cold process, loss and "
+            f"gradients held against dense smoothing; torch {machine['torch']}, transformers "
+            f"{machine['transformers']}, commit {machine['commit']} (`benchmarks/results/compile.json`).",
+        ]
+    )
+
+
+_WHAT = {
+    "llama": "Llama", "gemma2": "Gemma 2", "mixtral": "Mixtral", "gpt2": "GPT-2",
+}  # fmt: skip
+
+
+def corpus() -> str:
+    """Return what the pass makes of the spellings of a loss in the tests."""
+    from tests.integrations.inductor.corpus import LOSS, SPELLINGS, STATISTICS
+
+    def names(*outcomes: str) -> list[str]:
+        return [
+            name.replace("_", " ") for name, (_, found) in SPELLINGS.items() if found in outcomes
+        ]
+
+    served = {LOSS: "the fused loss", STATISTICS: "statistics, and a formula of them"}
+    lines = [f"| of {len(SPELLINGS)} spellings | become | which |", "|---:|---|---|"]
+    for outcome, what in served.items():
+        lines.append(f"| {len(names(outcome))} | {what} | {', '.join(names(outcome))} |")
+    left = names(*{found for _, found in SPELLINGS.values()} - served.keys())
+    lines.append(f"| {len(left)} | what they were, with the reason | {', '.join(left)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Each is equal to eager PyTorch in loss and gradients, static and dynamic, whatever becomes of it "
+            "(`tests/integrations/inductor/corpus.py`).",
+        ]
+    )
+
+
 def works(table: Results) -> str:
     """Return where a patched model was held against an unpatched one: in the sweep, and in several processes."""
     lines = ["| where | held against dense label smoothing | in |", "|---|---|---|"]
@@ -287,3 +378,4 @@ def _mebibytes(row: Results) -> str:
 
 if __name__ == "__main__":
     README.write_text(render(README.read_text()))
+    CUSTOM_OP.write_text(render_custom_op(CUSTOM_OP.read_text()))

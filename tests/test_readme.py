@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results, and its links and code hold."""
+"""The figures of README and docs/ are those of the committed results, and their links and code hold."""
 
 import ast
 import re
@@ -9,10 +9,18 @@ from benchmarks import render
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CUSTOM_OP = render.CUSTOM_OP.read_text()
+LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
+LINKS = [
+    (page, link)
+    for page in ("README.md", "docs/custom_op.md")
+    for link in LINK.findall((ROOT / page).read_text())
+]
 
 
 def test_its_figures_are_those_of_the_committed_results() -> None:
     assert render.render(README) == README, "run: python -m benchmarks.render"
+    assert render.render_custom_op(CUSTOM_OP) == CUSTOM_OP, "run: python -m benchmarks.render"
 
 
 def test_a_changed_figure_is_seen() -> None:
@@ -22,9 +30,9 @@ def test_a_changed_figure_is_seen() -> None:
     assert render.render(changed) == README != changed
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_a_link_leads_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_a_link_leads_somewhere(page: str, link: str) -> None:
+    assert (ROOT / page).parent.joinpath(link).exists()
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_committed_results_are_the_ones_rendered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = (ROOT / "README.md").read_text()
-    for name in ("cpu.json", "demo/results.json"):
+    for name in ("cpu.json", "compile.json", "demo/results.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((render.RESULTS / name).read_bytes())
     monkeypatch.setattr(render, "RESULTS", tmp_path)

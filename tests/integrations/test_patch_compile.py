@@ -91,11 +91,8 @@ def test_a_model_that_breaks_its_graph_breaks_it_for_no_other_reason():
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 @pytest.mark.parametrize(("around", "times"), [("plain", 2), ("selective", 1)])
 def test_a_checkpoint_around_the_model_recomputes_the_loss_unless_it_saves_it(
-    around, times, backend, monkeypatch, request
+    around, times, backend, monkeypatch
 ):
-    if around == "selective" and backend is None:
-        reason = "the backward scales the saved gradient before it asks for the saved tensors"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     calls, function = [], chunked.linear_cross_entropy
     monkeypatch.setattr(
         chunked, "linear_cross_entropy", lambda *args: (calls.append(args), function(*args))[1]

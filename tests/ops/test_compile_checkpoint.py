@@ -52,11 +52,8 @@ def _values(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("around", AROUND)
 def test_the_loss_is_computed_again_unless_it_is_saved(
-    around: str, reduction: str, backend: str | None, calls: list[str], request: Any
+    around: str, reduction: str, backend: str | None, calls: list[str]
 ) -> None:
-    if (around, reduction, backend) == ("selective", "sum", None):
-        reason = "the backward scales the saved gradient before it asks for the saved tensors"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     torch.compiler.reset()
     x, weight, target = _tensors()
 

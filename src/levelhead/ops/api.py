@@ -344,5 +344,6 @@ def _token_weight(token_weight: Tensor | None, counts: Tensor, dtype: torch.dtyp
 def _smoothing(label_smoothing: float | Tensor, weight: Tensor) -> Tensor | None:
     """Return each token's smoothing (N,), None for none."""
     if not isinstance(label_smoothing, Tensor):
-        return torch.full_like(weight, label_smoothing) if label_smoothing else None
+        # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
+        return torch.ones_like(weight) * label_smoothing if label_smoothing else None
     return label_smoothing.to(weight).reshape(-1).expand_as(weight)

@@ -201,12 +201,13 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 12
+    # Before anything is scaled in place, which selective checkpointing watches for when it hands them out.
+    input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
     if ctx.gradients is None or torch.is_grad_enabled() or transformed() or _is_batch(grad_loss):
         gradients = _recomputed_gradients(ctx, grad_loss)
     else:
         gradients = tuple(_scaled(gradient, grad_loss) for gradient in ctx.gradients)
         ctx.gradients = None
-    input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
     dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
     return (
         None if dx is None else dx.to(input.dtype),
