@@ -203,6 +203,32 @@ def autocast_ends_before(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> 
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 
+@becomes(LOSS)
+def axes_by_name(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, weight).swapaxes(axis0=1, axis1=2), y)
+
+
+@becomes(LOSS)
+def of_no_gradient(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    logits = F.linear(h, weight)
+    with torch.no_grad():
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    return loss * bias.sum()
+
+
+@becomes(LOSS)
+def of_constant_logits(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(F.linear(h, weight).detach().flatten(0, 1), y.flatten())
+    loss += bias.sum()  # and now it has a gradient, but not through the logits
+    return loss
+
+
+@becomes(LOSS)
+def nothing_to_shift(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    logits = F.linear(h[:, :0], weight)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), y[:, :0].flatten(), reduction="sum") + bias.sum()
+
+
 # Written by hand.
 
 
@@ -329,7 +355,119 @@ def metric_first(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Any:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten()), right, largest
 
 
+@becomes(STATISTICS)
+def metric_in_inference_mode(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Any:
+    logits = F.linear(h, weight)
+    with torch.inference_mode():
+        predicted = logits.argmax(-1)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()), predicted
+
+
+@becomes(STATISTICS)
+def ids_from_the_end(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    log_probs = F.linear(h, weight).flatten(0, 1).log_softmax(-1)
+    ids = y.flatten().clamp(min=0) - weight.shape[0]
+    return -log_probs[torch.arange(ids.shape[0]), ids].mean()
+
+
+@becomes(STATISTICS)
+def constants_changed_in_place(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    logits = F.linear(h, weight).detach()
+    nll = -logits.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])
+    nll += bias.sum()
+    return nll.mean()
+
+
+@becomes(STATISTICS)
+def classes_second_by_hand(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    log_probs = F.linear(h, weight).log_softmax(-1)
+    target = F.one_hot(y.clamp(min=0), weight.shape[0]).float()
+    nll = -(target * log_probs).transpose(1, 2).sum(1, keepdim=True)  # (B, 1, T)
+    smooth = -log_probs.transpose(1, 2).sum(1, keepdim=True)
+    return (nll + 0.1 * smooth).cumsum(-1).mean()
+
+
 # Left alone.
+
+
+@becomes("its logits are needed for matmul")
+def fed_back(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    logits = F.linear(h, weight)
+    expected = logits.softmax(-1) @ weight
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) + expected.square().mean()
+
+
+@becomes("its logits are needed for argmax")
+def written_out(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Any:
+    logits, predicted = F.linear(h, weight), torch.empty_like(y)
+    with torch.no_grad():
+        torch.argmax(logits, -1, out=predicted)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()), predicted
+
+
+@becomes("its logits are needed for sum")
+def whole_numbers(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Any:
+    logits = F.linear(h, weight)
+    total = logits.detach().sum(-1, dtype=torch.int64)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()), total
+
+
+@becomes("its logits are needed for reshape")
+def bits(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Any:
+    logits = F.linear(h, weight)
+    largest = logits.detach().view(torch.int64).argmax(-1)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()), largest
+
+
+@becomes("its logits are scaled by 0.0")
+def next_to_nothing(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    logits = F.linear(h, weight) * 1e-200 * 1e-200
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+@becomes("the graph has no linear layer of its logits")
+def one_bias_for_all(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(torch.addmm(bias[:1], h.flatten(0, 1), weight.t()), y.flatten())
+
+
+@becomes("the graph has no linear layer of its logits")
+def broadcast_states(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(torch.einsum("btd,vd->btv", h[..., :1], weight).mT, y)
+
+
+@becomes("its targets are computed after its first use, not from ids alone")
+def targets_by_another_head(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    log_probs = F.linear(h, weight).log_softmax(-1)
+    mean = log_probs.mean(-1).mean()
+    with torch.no_grad():
+        constant = h * 2
+    nll = -log_probs.gather(-1, constant.argmax(-1, keepdim=True)).mean()
+    return nll - mean + constant.mean()
+
+
+@becomes("it is inside a transform of torch.func")
+def per_sequence_by_vmap(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    def loss(h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, weight), y)
+
+    return torch.vmap(loss)(h, y).sum()
+
+
+@becomes("it is inside a transform of torch.func")
+def gradient_by_func(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    def loss(bias: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, weight, bias).flatten(0, 1), y.flatten())
+
+    return torch.func.grad(loss)(bias).square().sum()
+
+
+@becomes("a tensor that it is computed from is changed in place")
+def states_changed_after_the_loss(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    states = h * 2
+    logits = F.linear(states, weight.detach())
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    states.zero_()
+    return loss
 
 
 @becomes("its logits are needed for topk")

@@ -247,6 +247,69 @@ def test_gradients_switched_off_between_layer_and_loss() -> None:
     )
 
 
+def test_logits_of_a_checkpointed_region_are_not_dropped() -> None:
+    model, ids = Net(), _ids()
+
+    def region(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.lm_head(hidden)
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
+
+    def step(ids: Tensor) -> Tensor:
+        hidden = model.embedding(ids)
+        loss, logits = torch.utils.checkpoint.checkpoint(region, hidden, use_reentrant=False)
+        return loss + logits.square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend=pass_only(drop_logits=True))
+    with pytest.warns(UserWarning, match=r"computes the logits of .*, beside its loss$"):
+        actual = compiled(ids)
+    torch.testing.assert_close(actual, step(ids))
+    assert counters["levelhead"] == {"linear_cross_entropy": 1}
+
+
+def test_targets_that_another_head_predicts() -> None:
+    teacher, student, ids = nn.Linear(16, 67), nn.Linear(16, 67), _ids().flatten()
+    hidden = torch.randn(ids.numel(), 16)
+
+    def step(hidden: Tensor) -> Tensor:
+        taught = teacher(hidden)
+        predicted = taught.argmax(-1)
+        loss = F.cross_entropy(taught, ids)
+        return loss + F.cross_entropy(student(hidden), predicted)
+
+    actual = torch.compile(step, fullgraph=True, backend=pass_only())(hidden)
+    torch.testing.assert_close(actual, step(hidden))
+    assert counters["levelhead"] == {"linear_logit_stats": 1, "linear_cross_entropy": 1}
+
+
+def test_logits_of_a_vocabulary_that_varies_are_dropped() -> None:
+    def step(hidden: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight)
+        return F.cross_entropy(logits, y), logits
+
+    backend = pass_only(drop_logits=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for vocabulary in (67, 41):
+        hidden, weight = torch.randn(6, 16), torch.randn(vocabulary, 16, requires_grad=True)
+        y = torch.randint(0, vocabulary, (6,))
+        loss, logits = compiled(hidden, weight, y)
+        torch.testing.assert_close(loss, step(hidden, weight, y)[0])
+        assert logits.shape == (6, vocabulary)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_logits_times_a_size_that_varies() -> None:
+    model = Net()
+
+    def step(ids: Tensor) -> Tensor:
+        logits = model.lm_head(model.embedding(ids)) * ids.shape[1]
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=pass_only())
+    with pytest.warns(UserWarning, match="its logits are needed for mul"):
+        actual = compiled(_ids())
+    torch.testing.assert_close(actual, step(_ids()))
+
+
 def test_a_smoothing_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"smoothing must lie in \[0, 1\], got 1.5"):
         levelhead.inductor_options(smoothing=1.5)

@@ -37,17 +37,18 @@ def uses_of_logits(graph: Graph) -> dict[Node, Uses]:
     facts: dict[Node, Fact] = {}
     lost: dict[Node, Uses] = {}  # what was made of logits in a way not known here
     for node in graph.nodes:
-        if linear_layer(node) is not None:
-            facts[node] = Tile(Logits(node, tensor(node).dim() - 1))
-            found[node] = Uses(nodes=[node])
-            continue
         tiles = {
             n: f.tile if isinstance(f, Extremum) else f
             for n in node.all_input_nodes
             if isinstance(f := facts.get(n), Tile | Extremum)
         }
         uses = [found[tile.logits.head] for tile in tiles.values()]
-        if node.op == "output":
+        if linear_layer(node) is not None:
+            for of_head in uses:
+                of_head.reasons.append(f"its logits are needed for {function_name(node)}")
+            facts[node] = Tile(Logits(node, tensor(node).dim() - 1))
+            found[node] = Uses(nodes=[node])
+        elif node.op == "output":
             for (source, tile), of_head in zip(tiles.items(), uses, strict=True):
                 of_head.outputs.append((source, tile))
         elif uses:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -20,13 +21,23 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from ... import ops
 from ...ops.checks import is_dtensor
 from . import rewrite
 from .follow import LOSSES, Uses, uses_of_logits
-from .nodes import Layer, argument, changed_by, function_name, linear_layer, storage, tensor
+from .nodes import (
+    Layer,
+    argument,
+    change_between,
+    changed_by,
+    equal,
+    function_name,
+    is_transformed,
+    linear_layer,
+    nodes_in,
+    tensor,
+)
 from .tiles import Reduction, Tile, UnsupportedUseError
 
 _logger = logging.getLogger(__package__)
@@ -46,10 +57,13 @@ class FuseLinearCrossEntropy(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite a graph in place, and the graphs within it: those of checkpointed regions, for example."""
+        self._rewrite(graph, self._drop_logits)
+
+    def _rewrite(self, graph: Graph, drop_logits: bool) -> None:
         within = graph.owning_module.children() if graph.owning_module is not None else ()
         for child in within:
             if isinstance(child, GraphModule):
-                self(child.graph)
+                self._rewrite(child.graph, False)  # the graph around it may need its logits
                 child.recompile()
         missed = {node for node in graph.nodes if function_name(node) in LOSSES}
         for head, uses in uses_of_logits(graph).items():
@@ -60,7 +74,7 @@ class FuseLinearCrossEntropy(CustomGraphPass):
                 continue  # a linear layer like any other
             losses += [r.node for r in picked if r.tile.kind == "log_probs"]
             try:
-                self._fuse(graph, head, uses)
+                self._fuse(graph, head, uses, drop_logits)
             except UnsupportedUseError as reason:
                 if losses:  # and not a router's probabilities, say
                     self._decline(losses[0], f"the loss of {_name(head)}", str(reason))
@@ -72,13 +86,13 @@ class FuseLinearCrossEntropy(CustomGraphPass):
         unsmoothed = "" if self._smoothing is None else ", without smoothing"
         _warn_once(f"levelhead leaves {what}{_where(loss)} as it is{unsmoothed}: {reason}")
 
-    def _fuse(self, graph: Graph, head: Node, uses: Uses) -> None:
+    def _fuse(self, graph: Graph, head: Node, uses: Uses, drop_logits: bool) -> None:
         if uses.reasons:
             raise UnsupportedUseError(uses.reasons[0])
-        trained = any(tensor(r.node).requires_grad for r in uses.reductions)
+        trained = any(r.differentiated for r in uses.reductions)
         if uses.outputs and not trained:
             return  # evaluation that wants the logits: they serve its loss as well
-        drop = self._drop_logits and trained
+        drop = drop_logits and trained
         for _, tile in uses.outputs if drop else []:
             if not _is_as_returned(tile):
                 raise UnsupportedUseError("the graph returns its logits in another form")
@@ -91,9 +105,10 @@ class FuseLinearCrossEntropy(CustomGraphPass):
         if drop:
             _drop(call, uses.outputs)
         elif uses.outputs:
+            hint = "; inductor_options(drop_logits=True) leaves them out"
             _warn_once(
-                f"levelhead computes the logits of {call.name}, which the graph returns, beside its loss; "
-                "inductor_options(drop_logits=True) leaves them out"
+                f"levelhead computes the logits of {call.name}, which the graph returns, beside its loss"
+                + ("" if self._drop_logits else hint)
             )
         if drop or not uses.outputs:
             _ask_hidden_states(call, uses.sizes)
@@ -108,50 +123,53 @@ class FuseLinearCrossEntropy(CustomGraphPass):
 
     def _put_loss(self, call: _Call, loss: Reduction) -> None:
         """Put the fused loss in place of the only thing that needs the logits."""
-        _check_unchanged(call.graph, call.read, call.head, loss.node)
+        _check_unchanged(call.read, call.head, loss.node, saved=loss.differentiated)
+        _check_unchanged([loss.picks], loss.node, loss.node, saved=loss.differentiated)
         options = {**call.options, **self._loss_options(loss)}
-        with call.graph.inserting_before(loss.node):
-            new = call.graph.call_function(
-                rewrite.linear_cross_entropy, (*call.arguments, loss.picks), options
-            )
-        loss.node.replace_all_uses_with(new)
+        _replace(loss.node, rewrite.linear_cross_entropy, (*call.arguments, loss.picks), options)
         _report("linear_cross_entropy", call, loss.node, options)
 
     def _put_statistics(
         self, call: _Call, reductions: list[Reduction], made_of_logits: set[Node]
     ) -> None:
         """Put the statistics before all that needs the logits, and make each of those of them."""
-        graph = call.graph
+        graph, trained = call.graph, any(r.differentiated for r in reductions)
         picking = [r for r in reductions if r.picks is not None]
         place = min((r.node for r in reductions), key=_order(graph).__getitem__)
-        _check_unchanged(graph, call.read, call.head, place)
+        _check_unchanged(call.read, call.head, place, saved=trained)
         _hoist(graph, [r.picks for r in picking], place, made_of_logits)
         for reduction in picking:
-            _check_unchanged(graph, [reduction.picks], place, reduction.node)
+            _check_unchanged([reduction.picks], place, reduction.node, saved=trained)
         with graph.inserting_before(place):
             stats = graph.call_function(
                 rewrite.linear_logit_stats,
                 (*call.arguments, [r.picks for r in picking]),
-                {"picks_per_token": [r.width for r in picking], **call.options},
+                {
+                    "picks_per_token": [r.width for r in picking],
+                    "from_end": [function_name(r.node) == "getitem" for r in picking],
+                    **call.options,
+                },
             )
-        order, column = _order(graph), 0
+            vocabulary = call.vocabulary()
+        column = 0
         for reduction in reductions:
-            late = max(reduction.node, place, key=order.__getitem__)
-            with graph.inserting_before(late):
-                new = self._of_statistics(graph, stats, reduction, column)
-            reduction.node.replace_all_uses_with(new)
+            self._make_of_statistics(stats, reduction, column, vocabulary)
             column += reduction.width
         _report("linear_logit_stats", call, reductions[0].node, call.options)
 
-    def _of_statistics(self, graph: Graph, stats: Node, reduction: Reduction, column: int) -> Node:
+    def _make_of_statistics(
+        self, stats: Node, reduction: Reduction, column: int, vocabulary: int | Node
+    ) -> None:
         tile, result = reduction.tile, tensor(reduction.node)
         common = {
-            "vocabulary": tensor(tile.logits.head).shape[-1],
-            "detached": not result.requires_grad,
+            "vocabulary": vocabulary,
+            "detached": not tensor(reduction.of).requires_grad,
         }
         if reduction.statistic == "cross_entropy":
             options = {**self._loss_options(reduction), **common, "column": column}
-            return graph.call_function(rewrite.cross_entropy, (stats, reduction.picks), options)
+            return _replace(
+                reduction.node, rewrite.cross_entropy, (stats, reduction.picks), options
+            )
         keeps_dim = result.dim() == tensor(reduction.of).dim()
         sizes = [size if isinstance(size, int) else -1 for size in result.shape]
         options = {
@@ -164,12 +182,17 @@ class FuseLinearCrossEntropy(CustomGraphPass):
             "keepdim": tile.logits.dim if keeps_dim else None,
             "dtype": result.dtype,
         }
-        return graph.call_function(rewrite.statistic, (stats,), {**options, **common})
+        return _replace(reduction.node, rewrite.statistic, (stats,), {**options, **common})
 
     def _loss_options(self, loss: Reduction) -> dict[str, Any]:
-        smoothed = self._smoothing is not None and tensor(loss.node).requires_grad
+        smoothed = self._smoothing is not None and loss.differentiated
         eps = self._smoothing if smoothed else loss.options["label_smoothing"]
-        return {**loss.options, "label_smoothing": eps, "dtype": tensor(loss.node).dtype}
+        return {
+            **loss.options,
+            "label_smoothing": eps,
+            "dtype": tensor(loss.node).dtype,
+            "detached": not tensor(loss.of).requires_grad,
+        }
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,14 @@ class _Call:
     def name(self) -> str:
         return _name(self.head)
 
+    def vocabulary(self) -> int | Node:
+        """Return its size, which may be another in another call."""
+        size = tensor(self.head).shape[-1]
+        if isinstance(size, int):
+            return size
+        dim = int(self.layer.transposed)
+        return self.graph.call_method("size", (self.layer.weight, dim))
+
 
 def _call_of(graph: Graph, head: Node, reductions: list[Reduction]) -> _Call:
     """Return how to call an operator on a head; all uses of the logits must need the same statistics."""
@@ -198,6 +229,11 @@ def _call_of(graph: Graph, head: Node, reductions: list[Reduction]) -> _Call:
         )
     arguments = layer.input, layer.weight, layer.bias or logits.bias
     operands, returned = [tensor(n) for n in arguments if n is not None], tensor(head)
+    if any(map(is_transformed, [head, *(r.node for r in reductions)])):
+        raise UnsupportedUseError("it is inside a transform of torch.func")
+    scale = logits.inner * (logits.outer or 1.0)
+    if not 0 < scale < math.inf:
+        raise UnsupportedUseError(f"its logits are scaled by {scale}")
     dtypes = {t.dtype for t in operands}
     autocast = dtypes != {returned.dtype}
     if any(is_dtensor(t) for t in operands):
@@ -205,7 +241,7 @@ def _call_of(graph: Graph, head: Node, reductions: list[Reduction]) -> _Call:
     if not dtypes <= set(_FLOATS) or (autocast and torch.float64 in dtypes):
         raise UnsupportedUseError(f"it multiplies {', '.join(map(str, sorted(dtypes, key=str)))}")
     index = logits.index
-    shift = _shift(index[0], operands[0].dim()) if len(index) == 1 else None
+    shift = _shift(index[0], operands[0].shape) if len(index) == 1 else None
     options = {
         "transposed": layer.transposed,
         "index": () if shift else index,
@@ -213,19 +249,21 @@ def _call_of(graph: Graph, head: Node, reductions: list[Reduction]) -> _Call:
         "grad": returned.requires_grad,
         "autocast": returned.dtype if autocast else None,
         "softcap": logits.outer,
-        "logit_scale": logits.inner * (logits.outer or 1.0),
+        "logit_scale": scale,
     }
-    read = [n for n in (*arguments, *_nodes_in(index)) if n is not None]
+    read = [n for n in (*arguments, *nodes_in(index)) if n is not None]
     return _Call(graph, head, layer, arguments, options, read)
 
 
-def _shift(index: tuple[Any, ...], rank: int) -> str | None:
+def _shift(index: tuple[Any, ...], shape: tuple[Any, ...]) -> str | None:
     """Return whether an index of (..., T, D) leaves out the last or the first of T alone, and which."""
-    items = list(index)
+    items, rank = list(index), len(shape)
     if Ellipsis in items:
         at = items.index(Ellipsis)
         items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
     items += [slice(None)] * (rank - len(items))
+    if equal(shape[-2:-1], (0,)):
+        return None  # there is none to leave out
     if len(items) != rank or any(i != slice(None) for i in (*items[:-2], items[-1])):
         return None
     taken = items[-2]
@@ -248,12 +286,12 @@ def _drop(call: _Call, outputs: list[tuple[Node, Tile]]) -> None:
     output = next(iter(reversed(call.graph.nodes)))
     for node, tile in outputs:
         logits = tensor(node)
-        options = {
-            "vocabulary": logits.shape[-1],
-            "dtype": logits.dtype,
-            "index": tile.logits.index,
-        }
         with call.graph.inserting_before(output):
+            options = {
+                "vocabulary": call.vocabulary(),
+                "dtype": logits.dtype,
+                "index": tile.logits.index,
+            }
             new = call.graph.call_function(rewrite.stand_in, (call.layer.input,), options)
         output.replace_input_with(node, new)
 
@@ -265,9 +303,8 @@ def _ask_hidden_states(call: _Call, sizes: list[Node]) -> None:
     def ask(node: Node, dim: int) -> None:
         vocabulary = dim % (last + 1) == last
         source = call.layer.weight if vocabulary else call.layer.input
-        with call.graph.inserting_before(node):
-            dim = int(call.layer.transposed) if vocabulary else dim
-            node.replace_all_uses_with(call.graph.call_method("size", (source, dim)))
+        dim = int(call.layer.transposed) if vocabulary else dim
+        _replace(node, "size", (source, dim), {})
 
     for node in sizes:
         if len(node.args) > 1 and function_name(node) == "size":
@@ -275,7 +312,12 @@ def _ask_hidden_states(call: _Call, sizes: list[Node]) -> None:
             continue
         for user in list(node.users):
             ask(user, argument(user, 1, "index"))
-            call.graph.erase_node(user)
+
+
+def _replace(node: Node, function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Make a node a call of another function or method; it stays the same node, since other heads may know it."""
+    node.op = "call_method" if isinstance(function, str) else "call_function"
+    node.target, node.args, node.kwargs = function, args, options
 
 
 def _hoist(graph: Graph, picks: list[Any], place: Node, made_of_logits: set[Node]) -> None:
@@ -287,30 +329,31 @@ def _hoist(graph: Graph, picks: list[Any], place: Node, made_of_logits: set[Node
         node = waiting.pop()
         if node in made_of_logits or changed_by(node):
             raise UnsupportedUseError("its targets are computed from its logits, or in place")
-        _check_unchanged(graph, node.all_input_nodes, place, node)
+        value = tensor(node)
+        if value is not None and (value.is_floating_point() or is_transformed(node)):
+            # Gradients or autocast may be switched on or off in between.
+            raise UnsupportedUseError(
+                "its targets are computed after its first use, not from ids alone"
+            )
+        _check_unchanged(node.all_input_nodes, place, node)
         behind.add(node)
         waiting += [n for n in node.all_input_nodes if order[n] >= order[place] and n not in behind]
     for node in sorted(behind, key=order.__getitem__):
         place.prepend(node)
 
 
-def _check_unchanged(graph: Graph, read: list[Any], start: Node, end: Node) -> None:
-    """Refuse to read tensors at `end` that were read at `start` and have been changed in between."""
-    storages = {storage(node) for node in read if tensor(node) is not None}
-    order = _order(graph)
-    for node in graph.nodes:
-        if order[start] < order[node] < order[end] and any(
-            storage(changed) in storages for changed in changed_by(node)
-        ):
-            raise UnsupportedUseError(
-                f"a tensor that it is computed from is changed in place{_where(node)}"
-            )
+def _check_unchanged(read: list[Any], start: Node, end: Node, *, saved: bool = False) -> None:
+    """Refuse to read tensors at `end` that were read at `start` and have been changed in between.
 
-
-def _nodes_in(argument: Any) -> list[Node]:
-    found: list[Node] = []
-    map_arg(argument, found.append)
-    return found
+    Nor may they be changed later, where they are saved for the backward pass: what was there saved other tensors.
+    """
+    if saved:
+        end = next(iter(reversed(end.graph.nodes)))
+    changed = change_between(read, start, end)
+    if changed is not None:
+        raise UnsupportedUseError(
+            f"a tensor that it is computed from is changed in place{_where(changed)}"
+        )
 
 
 def _order(graph: Graph) -> dict[Node, int]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
 
 def function_name(node: Node) -> str | None:
@@ -94,8 +99,12 @@ def linear_layer(node: Node) -> Layer | None:
         return None
     if any(tensor(n) is None for n in (node, layer.input, layer.weight)):
         return None
-    vector = layer.bias is None or tensor(layer.bias).dim() == 1
-    return layer if vector and tensor(layer.weight).dim() == 2 and tensor(node).dim() else None
+    logits, weight = tensor(node).shape, tensor(layer.weight).shape
+    vector = layer.bias is None or equal(tensor(layer.bias).shape, logits[-1:])
+    matrix = len(weight) == 2 and equal(
+        weight[int(not layer.transposed) :][:1], tensor(layer.input).shape[-1:]
+    )
+    return layer if vector and matrix and logits else None
 
 
 def _is_transposed(equation: str) -> bool | None:
@@ -110,24 +119,79 @@ def _is_transposed(equation: str) -> bool | None:
 
 
 def changed_by(node: Node) -> list[Node]:
-    """Return the tensors that a node writes to."""
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    changed: list[Any] = [node.kwargs["out"]] if "out" in node.kwargs else []
-    schema = getattr(node.target, "_schema", None)
-    in_place = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace", False)
-    if in_place or node.target in _IN_PLACE:
-        changed += list(node.args[:1])
-    if schema is not None and schema.is_mutable:
+    """Return the tensors that a node writes to; of a graph that it calls, those within."""
+    target, first = node.target, argument(node, 0, "input", node.kwargs.get("self"))
+    name = str(target if node.op == "call_method" else getattr(target, "__name__", ""))
+    changed = nodes_in(node.kwargs.get("out"))
+    by_name = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
+    if by_name or target in _IN_PLACE or _is_in_place(node):
+        changed += nodes_in(first)
+    elif name.endswith("_mutation") or _has_mutable_schema(target):
         changed += node.all_input_nodes
+    for called in node.all_input_nodes:
+        if called.op == "get_attr" and node.graph.owning_module is not None:
+            within = getattr(node.graph.owning_module, str(called.target), None)
+            inner = within.graph.nodes if isinstance(within, GraphModule) else ()
+            changed += [n for of_graph in inner for n in changed_by(of_graph)]
     return [n for n in changed if tensor(n) is not None]
+
+
+def _is_in_place(node: Node) -> bool:
+    """Return whether a function that takes an argument inplace was given a true one."""
+    position = _position_of_inplace(node.target) if node.op == "call_function" else None
+    return position is not None and bool(argument(node, position, "inplace"))
+
+
+@functools.cache
+def _position_of_inplace(target: Any) -> int | None:
+    if not inspect.isfunction(target):
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _has_mutable_schema(target: Any) -> bool:
+    overloads = [target]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names = target.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(target, n) for n in names if not n.endswith("out")]
+    return any(o._schema.is_mutable for o in overloads if isinstance(o, torch._ops.OpOverload))
 
 
 _IN_PLACE = (
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+    operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 )  # fmt: skip
+_IN_PLACE_METHODS = {f"__{f.__name__}__" for f in _IN_PLACE}
+
+
+def change_between(read: Iterable[Any], start: Node, end: Node) -> Node | None:
+    """Return a node between two others that writes to one of these tensors."""
+    storages = {storage(node) for node in read if tensor(node) is not None}
+    node = start if start is end else start.next
+    while node is not end and node.op != "root":
+        if any(storage(changed) in storages for changed in changed_by(node)):
+            return node
+        node = node.next
+    return None
 
 
 def storage(node: Node) -> int:
     """Return what two nodes share whose tensors lie in the same memory."""
-    return int(tensor(node).untyped_storage()._cdata)
+    value = tensor(node)
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    strided = value.layout is torch.strided
+    return int(value.untyped_storage()._cdata) if strided else id(value)
+
+
+def is_transformed(node: Node) -> bool:
+    """Return whether a node's tensor belongs to a transform of torch.func."""
+    return bool(is_functorch_wrapped_tensor(tensor(node)))
+
+
+def nodes_in(argument: Any) -> list[Node]:
+    """Return the nodes in an argument of a node."""
+    found: list[Node] = []
+    map_arg(argument, found.append)
+    return found

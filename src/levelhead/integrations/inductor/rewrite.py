@@ -35,9 +35,12 @@ def linear_cross_entropy(
     ignore_index: int,
     reduction: Literal["mean", "sum", "none"],
     dtype: torch.dtype,
+    detached: bool,
     **head: Any,
 ) -> Tensor:
     """Return what F.cross_entropy returned, in its dtype."""
+    # Gradients may have been switched off since, or detached.
+    head["grad"] = head["grad"] and not detached and torch.is_grad_enabled()
     with _as_the_layer_ran(input, head):
         hidden, shape = _hidden(input, head)
         loss = ops.linear_cross_entropy(
@@ -63,16 +66,24 @@ def linear_logit_stats(
     picks: Sequence[Tensor],
     *,
     picks_per_token: Sequence[int],
+    from_end: Sequence[bool],
     **head: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the fields of LogitStats for the tokens (...) of the graph; of all picks, picked is (..., K)."""
+    """Return the fields of LogitStats for the tokens (...) of the graph; of all picks, picked is (..., K).
+
+    Negative picks count from the end of the vocabulary where ``from_end`` says so, as indices do.
+    """
+    weight = linear_weight.t() if head["transposed"] else linear_weight
     with _as_the_layer_ran(input, head):
         hidden, shape = _hidden(input, head)
-        columns = [ids.reshape((*shape, k)) for ids, k in zip(picks, picks_per_token, strict=True)]
+        columns = [
+            (ids.where(ids >= 0, ids + weight.shape[0]) if indices else ids).reshape((*shape, k))
+            for ids, k, indices in zip(picks, picks_per_token, from_end, strict=True)
+        ]
         ids = _unshifted(torch.cat(columns, -1), head["shift"], -1, trailing=1)
         stats = ops.linear_logit_stats(
             hidden,
-            linear_weight.t() if head["transposed"] else linear_weight,
+            weight,
             ids,
             linear_bias=linear_bias,
             softcap=head["softcap"],
@@ -117,10 +128,10 @@ def statistic(
         factor = factor * vocabulary
     if name == "mean" and kind.startswith("expected"):
         factor = factor / vocabulary
-    if name == "picked":
+    if name == "picked" and columns[1] - columns[0] == 1:
+        value = value[..., columns[0]]
+    elif name == "picked":
         value, logsumexp, dim = value[..., slice(*columns)], logsumexp[..., None], None
-        if keepdim is None and shape is None:
-            value, logsumexp = value.squeeze(-1), s.logsumexp
     if name != "argmax":
         if kind in ("log_probs", "probs", "expected_log_probs"):
             value = value - logsumexp
@@ -177,7 +188,8 @@ def _as_the_layer_ran(input: Tensor, head: dict[str, Any]) -> Iterator[None]:
     """Bring back the modes of the layer: those around its loss, where this runs, may be others."""
     dtype = head["autocast"]
     autocast = torch.autocast(input.device.type, dtype=dtype, enabled=dtype is not None)
-    with torch.set_grad_enabled(head["grad"]), autocast:
+    inference = torch.is_inference_mode_enabled() and not head["grad"]
+    with torch.inference_mode(inference), torch.set_grad_enabled(head["grad"]), autocast:
         yield
 
 

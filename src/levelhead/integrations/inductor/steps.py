@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .nodes import argument, changed_by, equal, function_name, linear_layer, operand, tensor
+from .nodes import (
+    argument,
+    change_between,
+    changed_by,
+    equal,
+    function_name,
+    linear_layer,
+    operand,
+    tensor,
+)
 from .tiles import (
     Extremum,
     Fact,
@@ -37,7 +46,10 @@ def step(node: Node, facts: dict[Node, Fact]) -> Fact:
     fact = facts.get(first) if isinstance(first, Node) else None
     others = [facts.get(n) for n in node.all_input_nodes if n is not first]
     result: Fact | None = None
-    if name in _OF_TWO:
+    changed = changed_by(node)  # by out=, for example
+    if changed:
+        pass
+    elif name in _OF_TWO:
         result = _OF_TWO[name](node, facts)
     elif any(isinstance(other, Tile | Extremum) for other in others):
         pass
@@ -48,7 +60,7 @@ def step(node: Node, facts: dict[Node, Fact]) -> Fact:
     if result is None:
         raise UnsupportedUseError(
             f"its logits are changed in place by {name}"
-            if changed_by(node)
+            if any(n in facts for n in changed)
             else f"its logits are needed for {name or node.target}"
         )
     return result
@@ -66,6 +78,8 @@ def _same(node: Node, tile: Tile) -> Tile:
 def _reshape(node: Node, tile: Tile) -> Tile | None:
     """A view whose last dimension is still the vocabulary's: its entries stay together, in their order."""
     before, after = tensor(operand(node)).shape, tensor(node).shape
+    if tensor(node).dtype != tensor(operand(node)).dtype:
+        return None
     if tile.logits.dim != len(before) - 1 or not after or not equal(before[-1:], after[-1:]):
         return None
     if sum(not isinstance(size, int) for size in after[:-1]) > 1:
@@ -83,8 +97,8 @@ def _permute(node: Node, tile: Tile) -> Tile | None:
         order = [dim % rank for dim in (given if isinstance(given, tuple | list) else [given])]
     else:
         swapped = name == "transpose"  # mT and t take no dimensions
-        a = argument(node, 1, "dim0") if swapped else -1
-        b = argument(node, 2, "dim1") if swapped else -2
+        a = argument(node, 1, "dim0", node.kwargs.get("axis0")) if swapped else -1
+        b = argument(node, 2, "dim1", node.kwargs.get("axis1")) if swapped else -2
         order[a], order[b] = order[b], order[a]
     tokens = [dim for dim in order if dim != tile.logits.dim]
     if tokens != sorted(tokens):
@@ -97,7 +111,7 @@ def _getitem(node: Node, tile: Tile) -> Tile | Reduction | None:
     source, index = tensor(operand(node)), argument(node, 1, "index")
     rank = source.dim()
     index = index if isinstance(index, tuple) else (index,)
-    if _is_pick_of_each(index, source) and tile.logits.dim == 1:
+    if _is_pick_of_each(node, index, source) and tile.logits.dim == 1:
         return _picked(node, tile, index[1])
     if tile.logits.dim != rank - 1 or tile.logits.reshaped or tile.picks is not None:
         return None
@@ -118,7 +132,7 @@ def _dimensions(item: Any) -> int:
     return 1
 
 
-def _is_pick_of_each(index: tuple[Any, ...], source: Any) -> bool:
+def _is_pick_of_each(node: Node, index: tuple[Any, ...], source: Any) -> bool:
     """Return whether an index is (arange(N), ids), which takes one entry of each of N tokens."""
     if len(index) != 2 or source.dim() != 2 or not all(tensor(i) is not None for i in index):
         return False
@@ -126,6 +140,7 @@ def _is_pick_of_each(index: tuple[Any, ...], source: Any) -> bool:
     return (
         function_name(arange) == "arange"
         and len(arange.args) == 1
+        and change_between([arange], arange, node) is None
         and tensor(ids).dim() == 1
         and not tensor(ids).is_floating_point()
         and tensor(ids).dtype != torch.bool
@@ -172,9 +187,9 @@ def _mul(node: Node, facts: dict[Node, Fact]) -> Tile | None:
         tile = facts.get(this) if isinstance(this, Node) else None
         if not isinstance(tile, Tile):
             continue
-        if not isinstance(other, Node):
+        if tensor(other) is None:
             return _times(tile, other)
-        ids = _one_hot_ids(other, tile)
+        ids = _one_hot_ids(other, tile, node)
         if ids is not None:
             return replace(tile, picks=ids)
         probs = facts.get(other)
@@ -197,15 +212,19 @@ def _expected(probs: Tile, tile: Tile) -> Tile | None:
     return replace(tile, kind=kind, factor=tile.factor * probs.factor)
 
 
-def _one_hot_ids(node: Any, tile: Tile) -> Node | None:
+def _one_hot_ids(node: Any, tile: Tile, user: Node) -> Node | None:
     """Return the ids (...) of a one-hot tensor beside a tile, None for any other tensor."""
+    read = [node]
     while isinstance(node, Node) and function_name(node) in ("float", "to", "type_as", "type"):
-        node = node.args[0]
+        node = operand(node)
+        read.append(node)
     if not isinstance(node, Node) or function_name(node) != "one_hot" or tile.picks is not None:
         return None
     last = tile.logits.dim == tensor(node).dim() - 1
     ids: Node = argument(node, 0, "input", argument(node, 0, "tensor"))
-    return ids if last and equal(tensor(node).shape[-1:], _vocabulary(tile)) else None
+    if not last or not equal(tensor(node).shape[-1:], _vocabulary(tile)):
+        return None
+    return ids if change_between([ids, *read], node, user) is None else None
 
 
 def _add(node: Node, facts: dict[Node, Fact]) -> Tile | None:
@@ -238,6 +257,7 @@ def _sub(node: Node, facts: dict[Node, Fact]) -> Tile | None:
         or tensor(logsumexp).dim() != tensor(logits).dim()
         or tensor(logsumexp).requires_grad != tensor(logits).requires_grad
         or node.kwargs.get("alpha", 1) != 1
+        or change_between([logsumexp], logsumexp, node) is not None
     ):
         return None
     return replace(tile, kind="log_probs")
@@ -257,6 +277,8 @@ def _becomes(kind: Kind, *, of: Kind, over_dim: bool) -> Callable[[Node, Tile], 
 def _reduces_to(name: Statistic, *kinds: Kind) -> Callable[[Node, Tile], Reduction | None]:
     def step(node: Node, tile: Tile) -> Reduction | None:
         if tile.kind not in kinds or not _is_over_vocabulary(node, tile):
+            return None
+        if name in ("sum", "mean") and not tensor(node).is_floating_point():
             return None
         if name in ("max", "argmax") and (tile.picks is not None or tile.factor <= 0):
             return None
@@ -349,7 +371,9 @@ def _size(node: Node, tile: Tile) -> Size | None:
 
 
 def _only_items(node: Node) -> bool:
-    return all(function_name(user) == "getitem" for user in node.users)
+    return all(
+        function_name(user) == "getitem" and isinstance(user.args[1], int) for user in node.users
+    )
 
 
 def _vocabulary(tile: Tile) -> tuple[Any, ...]:

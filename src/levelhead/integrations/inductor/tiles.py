@@ -86,6 +86,12 @@ class Reduction:
     width: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def differentiated(self) -> bool:
+        """Whether it has a gradient; that of a node alone may be one that was added to it in place."""
+        before, after = (n.meta["example_value"] for n in (self.of, self.node))
+        return bool(before.requires_grad and after.requires_grad)
+
 
 @dataclass(frozen=True)
 class Extremum:
