@@ -224,6 +224,14 @@ def of_constant_logits(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Te
 
 
 @becomes(LOSS)
+def of_constant_logits_by_token(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    logits = F.linear(h, weight).detach()
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    losses[0] = bias[0]
+    return losses.sum()
+
+
+@becomes(LOSS)
 def nothing_to_shift(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
     logits = F.linear(h[:, :0], weight)[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), y[:, :0].flatten(), reduction="sum") + bias.sum()
@@ -443,6 +451,14 @@ def targets_by_another_head(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) 
         constant = h * 2
     nll = -log_probs.gather(-1, constant.argmax(-1, keepdim=True)).mean()
     return nll - mean + constant.mean()
+
+
+@becomes("its targets are computed from its logits, in place or at random")
+def targets_by_chance(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    log_probs = F.linear(h, weight).log_softmax(-1)
+    smooth = -log_probs.mean(-1).mean()
+    ids = torch.randint(0, 1, (*y.shape, 1))  # the next random number comes after these
+    return smooth - log_probs.gather(-1, ids).mean()
 
 
 @becomes("it is inside a transform of torch.func")

@@ -327,8 +327,11 @@ def _hoist(graph: Graph, picks: list[Any], place: Node, made_of_logits: set[Node
     waiting = [node for node in picks if order[node] >= order[place]]
     while waiting:
         node = waiting.pop()
-        if node in made_of_logits or changed_by(node):
-            raise UnsupportedUseError("its targets are computed from its logits, or in place")
+        at_random = re.search("rand|multinomial|bernoulli", function_name(node) or "")
+        if node in made_of_logits or changed_by(node) or at_random:
+            raise UnsupportedUseError(
+                "its targets are computed from its logits, in place or at random"
+            )
         value = tensor(node)
         if value is not None and (value.is_floating_point() or is_transformed(node)):
             # Gradients or autocast may be switched on or off in between.

@@ -55,7 +55,8 @@ def linear_cross_entropy(
             logit_scale=head["logit_scale"],
         )
     if reduction == "none":
-        loss = _shifted(loss, head["shift"]).reshape(target.shape)
+        # Never a view that was made without gradients: the graph may change in place what it gets.
+        loss = _shifted(loss, head["shift"]).reshape(target.shape).clone()
     return loss.to(dtype)
 
 
