@@ -14,8 +14,8 @@ def inductor_options(
     graph holds a linear layer whose logits serve only a loss, however that is spelled (`F.cross_entropy` of
     shifted, scaled or capped logits, `F.nll_loss`, a `log_softmax` and a `gather`, label smoothing and z-loss
     written by hand), the loss is computed without them: same value, same gradients, to the precision of
-    `levelhead.linear_cross_entropy`. Where that is not possible the graph stays what it was, and a
-    warning, once, says why.
+    `levelhead.linear_cross_entropy`. Where that is not possible the graph stays what it was, and for each
+    `F.cross_entropy`, `F.nll_loss` and gathered log-probability a warning, once, says why.
 
     What was done is counted in ``torch._dynamo.utils.counters["levelhead"]`` and logged, at level INFO,
     by the logger of this module.
@@ -24,8 +24,9 @@ def inductor_options(
         smoothing: label smoothing, in [0, 1], of each `F.cross_entropy` and `F.nll_loss` that is differentiated,
             in place of what it was given; losses of evaluation under `torch.no_grad` stay as they are, and so
             do those written by hand, with a warning. None: as written.
-        drop_logits: return NaN of no size in place of logits that a graph returns beside a differentiated loss,
-            as Hugging Face models do. Otherwise they are computed a second time.
+        drop_logits: return NaN that takes no memory in place of logits that a graph returns beside a
+            differentiated loss, as Hugging Face models do; what uses them later, after a graph break for
+            example, finds NaN. Otherwise they are computed beside the loss.
 
     Returns:
         The ``options`` of `torch.compile` with the Inductor backend; other options may be added to them.
