@@ -305,6 +305,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+# Dynamo makes an instance of the autograd.Function before it gives up on it.
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 def test_compiled_around_or_inside_it_is_the_same() -> None:

@@ -216,6 +216,7 @@ def _assert_within_budget(problem: Problem, actual: Tensor, yardstick: Tensor) -
 def test_a_vocabulary_of_50257_and_one_token(
     reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # There is one token: the interpreter would sum three rows of padding, entry by entry.
     product = {"BLOCK_N": 1, "BLOCK_V": 4096, "BLOCK_D": 8}
     wide = {"state": product, "gradient": product, "softmax": {"BLOCK_V": 4096}}
     chosen = launch.configuration
@@ -256,6 +257,7 @@ def test_offsets_of_hidden_units_beyond_two_to_the_31() -> None:
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
 
 
+# NumPy computes what the kernel masks: the logarithm of an empty sum.
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
 def test_of_equal_logits_the_smallest_id_wins_within_a_tile_and_across() -> None:
     weight = torch.zeros(50, 3, dtype=torch.float64)
@@ -269,6 +271,7 @@ def test_of_equal_logits_the_smallest_id_wins_within_a_tile_and_across() -> None
     assert (stats.logsumexp == -torch.inf).all()
 
 
+# NumPy warns where a GPU does not: of NaN, which this test is about.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("entry", [0, 20, 49])
 def test_a_nan_among_a_tokens_logits_is_in_its_statistics_and_no_others(entry: int) -> None:
