@@ -61,8 +61,10 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
     failed = [line.split() for line in _run(fresh / "python", "-c", _IMPORT_ALL).splitlines()]
     optional = (
         "levelhead.cli.demo.",
+        "levelhead.cli.models",
         "levelhead.cli.progress",
         "levelhead.cli.sft.",
+        "levelhead.cli.sources",
         "levelhead.integrations.transformers",
     )
     assert all(module.startswith(optional) for module, _ in failed)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from levelhead.cli import main
 from levelhead.cli.errors import CliError
-from levelhead.cli.sft.models import load_model, load_tokenizer
+from levelhead.cli.models import load_model, load_tokenizer
 from levelhead.cli.sft.training import _check_zero
 
 PAIRS = [

@@ -12,10 +12,11 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from levelhead.cli.errors import CliError
-from levelhead.cli.sft.data import HINT, Chat, Pair, example, open_source
-from levelhead.cli.sft.models import load_tokenizer
+from levelhead.cli.models import load_tokenizer
+from levelhead.cli.sft.data import HINT, Chat, Pair, example
 from levelhead.cli.sft.preparation import prepare
 from levelhead.cli.sft.tokens import encode
+from levelhead.cli.sources import open_source
 
 PAIR = {"prompt": "1 + 1 =", "completion": " 2"}
 CHAT = {

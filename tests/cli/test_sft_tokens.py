@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from levelhead.cli.errors import CliError
+from levelhead.cli.models import load_tokenizer
 from levelhead.cli.sft.data import Chat, Pair
-from levelhead.cli.sft.models import load_tokenizer
 from levelhead.cli.sft.tokens import IGNORE_INDEX, Collator, Tokens, encode
 
 TALK = Chat(

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from ..errors import CliError
 from ..rows import usable
-from .data import HINT, Chat, Pair, Source, example
+from ..sources import Source
+from .data import HINT, Chat, Pair, example
 from .tokens import Tokens
 
 _ROWS_AT_A_TIME = 1000

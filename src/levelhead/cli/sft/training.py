@@ -22,10 +22,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from levelhead import patch_model
 
 from ..errors import CliError
+from ..models import load_model, load_tokenizer
 from ..output import make_folder, write_json
 from ..progress import progress_bar
-from .data import open_source
-from .models import load_model, load_tokenizer
+from ..sources import open_source
 from .preparation import Counts, prepare
 from .report import introduction, notes, summarise, table
 from .tokens import Collator, encode

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..errors import CliError
+from .errors import CliError
 
 TINY = "tiny"
 _PAD, _START, _END = "<|pad|>", "<|start|>", "<|end|>"
