@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,29 @@ from .probe import HeadTransform
 IGNORE_INDEX = -100  # of transformers' losses
 
 
+class Objective(Protocol):
+    """A loss of tokens other than the smoothed cross-entropy; see `objective.py`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it needs of a batch: names of tensors (B, T, ...) that the model's forward is given."""
+        ...
+
+    def __call__(
+        self,
+        input: Tensor,  # noqa: A002 (torch's argument name)
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        **columns: Tensor,
+    ) -> Tensor:
+        """The loss of each token, (..., T), for hidden states (..., T, D); 0 where there is none."""
+        ...
+
+
 @dataclass
 class LossCall:
     """A forward with labels under way: what its head needs, and the loss the head leaves here."""
@@ -35,6 +58,8 @@ class LossCall:
     target: Tensor  # (..., T) int64, the token to predict at each position
     num_items: int | Tensor | None
     keep_logits: bool
+    objective: Objective | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
     handed_back: bool = False
 
@@ -50,7 +75,18 @@ class LossCall:
     def compute(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     ) -> Tensor:
-        """The smoothed cross-entropy, (), of the logits of `hidden` (..., T, D)."""
+        """The loss, (), of the logits of `hidden` (..., T, D)."""
+        if self.objective is not None:
+            losses = self.objective(
+                hidden,
+                weight,
+                target,
+                linear_bias=bias,
+                softcap=self.transform.softcap,
+                logit_scale=self.transform.logit_scale,
+                **{name: column.to(hidden.device) for name, column in self.columns.items()},
+            )
+            return (losses * self._token_weight(hidden, target)).sum()
         return linear_cross_entropy(
             hidden,
             weight,

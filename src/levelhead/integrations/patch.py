@@ -34,7 +34,7 @@ from .heads import (
     output_heads,
     refusal,
 )
-from .loss_head import IGNORE_INDEX, LossCall, LossHead, current_call, loss_head, run
+from .loss_head import IGNORE_INDEX, LossCall, LossHead, Objective, current_call, loss_head, run
 from .probe import HeadTransform, probe_head, withhold_labels
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -172,6 +172,7 @@ class PatchState:
     softcap: float | None
     eval_smoothing: float
     eval_logits: bool
+    objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
 
     def training_transform(self) -> HeadTransform:
         """The model's own transform, then temperature and softcap."""
@@ -198,9 +199,10 @@ def _patched_class(original: Any) -> Any:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         skip_logits = kwargs.pop("skip_logits", None)
+        columns = _take_columns(self, kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         misused = len(given) < len(args) + len(kwargs)  # left to Python's own TypeError
-        call = None if misused else _loss_call(self, given, skip_logits)
+        call = None if misused else _loss_call(self, given, skip_logits, columns)
         if call is None:
             return run(None, original.forward, self, *args, **kwargs)
         return forward_with_loss(self, call, original.forward, given)
@@ -262,8 +264,18 @@ def _replacement(model: nn.Module, forward: Any) -> Any:
     return forward
 
 
+def _take_columns(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Take what the objective needs out of the arguments of a forward, which the model does not know."""
+    state = patch_state(model)
+    names = () if state is None or state.objective is None else state.objective.columns
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
 def _loss_call(
-    model: nn.Module, given: dict[str, Any], skip_logits: bool | None
+    model: nn.Module,
+    given: dict[str, Any],
+    skip_logits: bool | None,
+    columns: dict[str, Tensor],
 ) -> LossCall | None:
     """What a forward with these arguments must do about its loss; None: what the model does."""
     state = patch_state(model)
@@ -287,6 +299,13 @@ def _loss_call(
             "one training call; use torch.nn.parallel.DistributedDataParallel"
         )
     _check_heads(model)
+    objective = state.objective if model.training else None
+    if objective is not None and len(columns) < len(objective.columns):
+        raise ValueError(
+            f"the objective of the patched {type(model).__name__} needs {objective.columns} in every "
+            f"training batch, and this one has {tuple(columns)}; pass them to the model beside its "
+            "labels (Trainer does with remove_unused_columns=False)"
+        )
     if target is None:
         shift = state.transform.shift
         target = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift else labels
@@ -297,6 +316,8 @@ def _loss_call(
         target,
         given.get("num_items_in_batch"),
         keep_logits=not skip_logits,
+        objective=objective,
+        columns=columns,
     )
 
 

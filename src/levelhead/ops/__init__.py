@@ -2,11 +2,15 @@
 
 from .api import LinearCrossEntropyLoss, linear_cross_entropy, linear_logit_stats
 from .statistics import LogitStats, merge
+from .topk import TopK, linear_topk, merge_topk
 
 __all__ = [
     "LinearCrossEntropyLoss",
     "LogitStats",
+    "TopK",
     "linear_cross_entropy",
     "linear_logit_stats",
+    "linear_topk",
     "merge",
+    "merge_topk",
 ]
