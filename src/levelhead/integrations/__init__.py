@@ -2,6 +2,14 @@
 
 from .check import PatchCheck, check_patch
 from .inductor import inductor_options
+from .objective import set_objective
 from .patch import patch_model, unpatch_model
 
-__all__ = ["PatchCheck", "check_patch", "inductor_options", "patch_model", "unpatch_model"]
+__all__ = [
+    "PatchCheck",
+    "check_patch",
+    "inductor_options",
+    "patch_model",
+    "set_objective",
+    "unpatch_model",
+]

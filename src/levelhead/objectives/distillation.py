@@ -1,0 +1,250 @@
+"""Distillation from a teacher's few largest probabilities: the loss of FIRST, without the student's logits."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..ops import checks, linear_logit_stats
+from ..ops.api import Impl, _autocast
+from ..ops.gather import linear_gather
+
+Normalisation = Literal["renormalised", "full", "other"]
+Reduction = Literal["mean", "sum", "batchmean", "none"]
+
+# The least probability that 1 - sum resolves, beside a logsumexp of some tens.
+_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def distillation_loss(
+    input: Tensor,  # noqa: A002 (torch's argument name)
+    linear_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    normalisation: Normalisation = "renormalised",
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    impl: Impl | None = None,
+) -> Tensor:
+    r"""Divergence of a student from the k largest probabilities of a teacher, without the student's logits in memory.
+
+    Per token, ``KL(t || s) = sum_j t_j (log t_j - log s_j)`` in nats, with the student's logits ``z`` (see
+    :func:`levelhead.linear_logit_stats`) at the teacher's ids, and
+
+    - ``"renormalised"``: ``t`` and ``s`` are both scaled to sum to one over the k ids. The logsumexp cancels, and the
+      loss takes k dot products a token instead of V.
+    - ``"full"``: ``s`` is the student's softmax over the vocabulary; ``t``, scaled to sum to one, has no mass
+      elsewhere.
+    - ``"other"``: both keep their probabilities, and what is left of the vocabulary is one more bucket, ``1 - sum``.
+
+    Precision: that of :func:`levelhead.linear_logit_stats`, all of it in logarithms. The student's other bucket is
+    known to within a few roundings of its logsumexp, and taken for 1e-6 (float32) or 1e-14 (float64) where it is less.
+
+    Args:
+        input: the student's hidden states, shape ``(..., D)``.
+        linear_weight: its output embedding, shape ``(V, D)``; for DTensors see :func:`levelhead.linear_cross_entropy`.
+        teacher_ids: distinct ids of the teacher's k largest probabilities, shape ``(..., k)``, integer. A token whose
+            first id is ``ignore_index`` counts nowhere, whatever else it holds.
+        teacher_log_probs: their log-probabilities over the whole vocabulary, shape ``(..., k)``; -inf for none. Not
+            differentiated.
+        normalisation: ``"renormalised"``, ``"full"`` or ``"other"``.
+        linear_bias: shape ``(V,)``.
+        softcap: bound of the student's logits, ``> 0``; None for none.
+        logit_scale: factor on projection and bias; the inverse of a temperature.
+        ignore_index: see ``teacher_ids``.
+        reduction: ``"mean"`` over the tokens that count (NaN if none does), ``"sum"``, ``"none"``, or ``"batchmean"``,
+            the sum over the tokens and the mean over the first dimension, as in the paper.
+        impl: see :func:`levelhead.linear_logit_stats`.
+
+    Returns:
+        A scalar, or the loss of each token, shape ``(...)``; in [0, inf) up to rounding; float32, or float64 for
+        float64 inputs.
+
+    Raises:
+        TypeError: a dtype that is not supported, or dtypes that do not go together.
+        ValueError: shapes or devices that do not go together; an option out of its range.
+
+    References:
+        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (FIRST).
+
+    Example:
+        >>> import torch
+        >>> from levelhead.ops import linear_topk
+        >>> teacher, student, weight = torch.randn(7, 8), torch.randn(7, 8), torch.randn(32, 8)
+        >>> top = linear_topk(teacher, weight, k=5)
+        >>> distillation_loss(student, weight, top.indices, top.log_probs).shape
+        torch.Size([])
+    """
+    _check(input, teacher_ids, teacher_log_probs, normalisation, reduction)
+    counts = teacher_ids[..., 0] != ignore_index
+    ids = teacher_ids.long().masked_fill(~counts[..., None], -1)  # which picks nothing
+    head = (input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
+    picked, logsumexp = (_picked if normalisation == "renormalised" else _picked_of_all)(*head)
+    if logsumexp is not None:
+        logsumexp = logsumexp.where(counts, 0)
+    # Tokens that count nowhere may hold NaN: they become a student that agrees with its teacher.
+    picked = picked.where(counts[..., None], 0)
+    teacher = teacher_log_probs.detach().to(picked.dtype).where(counts[..., None], 0)
+    losses = _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
+    if reduction == "none":
+        return losses
+    if reduction == "mean":
+        return losses.sum() / counts.sum()
+    return losses.sum() / (len(losses) if reduction == "batchmean" else 1)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """:func:`distillation_loss` as the objective of a patched model; see `levelhead.integrations.set_objective`.
+
+    Attributes:
+        normalisation: ``"renormalised"``, ``"full"`` or ``"other"``.
+        columns: what a training batch holds beside its labels, aligned with what each position predicts:
+            ``teacher_ids`` (B, T, k), -100 where there is no teacher, and ``teacher_log_probs`` (B, T, k), as float32
+            or as its bits in int32, which FSDP and DeepSpeed do not round as they round inputs.
+    """
+
+    normalisation: Normalisation = "renormalised"
+    columns: ClassVar[tuple[str, ...]] = ("teacher_ids", "teacher_log_probs")
+
+    def __post_init__(self) -> None:
+        _check_choice("normalisation", self.normalisation, get_args(Normalisation))
+
+    def __call__(
+        self,
+        input: Tensor,  # noqa: A002
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        teacher_ids: Tensor,
+        teacher_log_probs: Tensor,
+    ) -> Tensor:
+        """The loss of each token, (..., T); 0 where the target is -100."""
+        if teacher_log_probs.dtype == torch.int32:
+            teacher_log_probs = teacher_log_probs.view(torch.float32)
+        return distillation_loss(
+            input,
+            linear_weight,
+            teacher_ids.masked_fill((target == -100)[..., None], -100),
+            teacher_log_probs,
+            normalisation=self.normalisation,
+            linear_bias=linear_bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            reduction="none",
+        )
+
+
+def _picked_of_all(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    ids: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    impl: Impl | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The student's logits at ``ids``, (..., k), and their logsumexp over the vocabulary, (...)."""
+    stats = linear_logit_stats(
+        input,
+        linear_weight,
+        ids,
+        linear_bias=linear_bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        impl=impl,
+    )
+    return stats.picked, stats.logsumexp
+
+
+def _picked(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    ids: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    impl: Impl | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The student's logits at ``ids`` alone, without a pass over the vocabulary."""
+    if checks.any_dtensor(linear_weight):  # whose rows lie on several ranks
+        head = (input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
+        return _picked_of_all(*head)[0], None
+    x = _autocast(input)
+    checks.check_linear(x, linear_weight, linear_bias)
+    checks.check_options(softcap, logit_scale, impl, x)
+    flat = (x.reshape(-1, x.shape[-1]), linear_weight, ids.reshape(-1, ids.shape[-1]))
+    return linear_gather(*flat, linear_bias, softcap, float(logit_scale)).view_as(ids), None
+
+
+def _divergence(
+    teacher: Tensor, picked: Tensor, logsumexp: Tensor | None, normalisation: Normalisation
+) -> Tensor:
+    """KL(teacher || student) of log-probabilities and logits (..., k) at the teacher's ids; nats, (...)."""
+    student = picked.log_softmax(-1) if logsumexp is None else picked - logsumexp[..., None]
+    if normalisation == "other" and logsumexp is not None:
+        student = torch.cat([student, _other(picked, logsumexp)[..., None]], -1)
+        mass = teacher.logsumexp(-1, keepdim=True).clamp(max=0)
+        teacher = torch.cat([teacher, torch.log(-torch.expm1(mass))], -1)
+    else:
+        teacher = teacher.log_softmax(-1)
+    probability = teacher.exp()
+    # 0 log 0 is 0, whatever the student says.
+    return torch.where(probability > 0, probability * (teacher - student), 0).sum(-1)
+
+
+def _other(picked: Tensor, logsumexp: Tensor) -> Tensor:
+    """Log-probability (...) of all that is not picked; its gradient does not fade as it goes to 0.
+
+    With r = logsumexp over the rest, log p = r - logsumexp, and d r = (d logsumexp - sum_k p_k d z_k) / p. The last
+    two would cancel to nothing at the picked entries if autograd took 1 - sum apart, which rounds.
+    """
+    log_probs = (picked - logsumexp[..., None]).detach()
+    mass = log_probs.logsumexp(-1).clamp(max=-_FLOOR[log_probs.dtype])
+    value = torch.log(-torch.expm1(mass))
+    share = log_probs.exp()
+    inside = torch.where(share > 0, share * picked, 0).sum(-1)
+    differential = (logsumexp - inside) / value.exp() - logsumexp
+    return value + (differential - differential.detach())
+
+
+def _check(
+    input: Tensor,  # noqa: A002
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    normalisation: str,
+    reduction: str,
+) -> None:
+    checks.check_ids("teacher_ids", teacher_ids, input, several=True)
+    if teacher_ids.dim() != input.dim() or teacher_ids.shape[-1] == 0:
+        raise ValueError(
+            f"teacher_ids must have shape {tuple(input.shape[:-1])} + (k,) with k >= 1, got "
+            f"{tuple(teacher_ids.shape)}"
+        )
+    if not teacher_log_probs.is_floating_point():
+        raise TypeError(f"teacher_log_probs must be floating point, got {teacher_log_probs.dtype}")
+    if teacher_log_probs.shape != teacher_ids.shape:
+        raise ValueError(
+            f"teacher_log_probs must have the shape of teacher_ids {tuple(teacher_ids.shape)}, got "
+            f"{tuple(teacher_log_probs.shape)}"
+        )
+    if teacher_log_probs.device != input.device:
+        raise ValueError(
+            f"teacher_log_probs is on {teacher_log_probs.device} but input is on {input.device}; "
+            "move one"
+        )
+    _check_choice("normalisation", normalisation, get_args(Normalisation))
+    _check_choice("reduction", reduction, get_args(Reduction))
+
+
+def _check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, valid))}")
