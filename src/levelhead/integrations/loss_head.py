@@ -30,7 +30,7 @@ class Objective(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it needs of a batch: names of tensors (B, T, ...) that the model's forward is given."""
+        """What it needs of a batch: names of tensors (B, ...) that the model's forward is given."""
         ...
 
     def __call__(

@@ -1,0 +1,163 @@
+"""RCFT at the head of a patched model: the loss of all tokens, and the ECE regulariser, in one pass without logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.loss_head import IGNORE_INDEX
+from ..ops import linear_logit_stats
+from ..ops.loss import token_loss
+from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss
+
+
+@dataclass(frozen=True)
+class CalibrationAware:
+    """What `levelhead.integrations.objective.set_objective` makes a patched model train on for RCFT.
+
+    The loss of a batch is that of an average over tokens, of which the training set has M:
+
+        sum over the tokens of the batch of -log p, and M * ece_weight * `ece_loss` of each question,
+        over the number of its tokens
+
+    so that over all batches its mean is the mean of -log p plus `ece_weight` times the regulariser L,
+    whatever the sizes of batches, accumulation and ranks. A batch holds, beside `input_ids` and `labels`:
+
+    - `choices`, (B, C): vocabulary ids of the letters of each question, -1 for none;
+    - `answer_position`, (B,): where the letter is predicted, one before where it stands in `input_ids`;
+    - `bin_accuracy` and `bin_weight`, (B,), or (B, C) by class: what the E-step over the whole training
+      set found for these questions; see `levelhead.objectives.calibration_aware`.
+
+    Attributes:
+        tokens: M, how many tokens of the training set have a label.
+        ece_weight: lambda of the paper, at least 0.
+        classwise: whether the regulariser is that of the classwise error.
+        label_smoothing: of the loss of the tokens, in [0, 1]; the paper has none.
+
+    References:
+        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
+
+    Example:
+        >>> set_objective(patch_model(model), CalibrationAware(tokens=120_000))
+        >>> model(input_ids=ids, labels=ids, choices=letters, answer_position=at, **bins).loss
+    """
+
+    tokens: int
+    ece_weight: float = 1.0
+    classwise: bool = False
+    label_smoothing: float = 0.0
+    columns: ClassVar[tuple[str, ...]] = (
+        "choices",
+        "answer_position",
+        "bin_accuracy",
+        "bin_weight",
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.ece_weight < 0 or not 0 <= self.label_smoothing <= 1:
+            raise ValueError(
+                "tokens must be at least 1, ece_weight at least 0 and label_smoothing in [0, 1], got "
+                f"{self.tokens}, {self.ece_weight} and {self.label_smoothing}"
+            )
+
+    def __call__(
+        self,
+        input: Tensor,  # noqa: A002 (torch's argument name)
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        choices: Tensor,
+        answer_position: Tensor,
+        bin_accuracy: Tensor,
+        bin_weight: Tensor,
+    ) -> Tensor:
+        """Loss of each token, (B, T), for hidden states (B, T, D); that of a question is at its answer."""
+        there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
+        letters = choices[:, None].where(there[..., None], -1)  # (B, T, C); -1 picks nothing
+        stats = linear_logit_stats(
+            input,
+            linear_weight,
+            torch.cat([target[..., None], letters], -1),
+            linear_bias=linear_bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+        counts = target != IGNORE_INDEX
+        # Ignored positions may hold NaN: masked here, they have no gradient.
+        logsumexp, picked, mean = (
+            field.where(counts, 0) for field in (stats.logsumexp, stats.picked[..., 0], stats.mean)
+        )
+        losses = token_loss(logsumexp, picked, mean, self.label_smoothing, 0.0)
+        rows = torch.arange(len(choices), device=input.device)
+        picked = stats.picked[rows, answer_position, 1:]
+        question = (
+            self.tokens * self.ece_weight * self._ece(picked, choices, bin_accuracy, bin_weight)
+        )
+        return losses + question[:, None].where(there, 0)
+
+    def _ece(self, picked: Tensor, choices: Tensor, accuracy: Tensor, weight: Tensor) -> Tensor:
+        probabilities = choice_probabilities(picked, choices)
+        if self.classwise:
+            return classwise_ece_loss(probabilities, accuracy, weight)
+        return ece_loss(probabilities, accuracy, weight, valid=choices >= 0)
+
+
+@torch.no_grad()
+def choice_logits(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, questions: int
+) -> Tensor:
+    """Logits of the choices of all training questions, for the E-step; the same on every rank.
+
+    The model answers in eval mode, as it will be used. It may be wrapped (DDP, FSDP, DeepSpeed): then
+    every rank takes its own batches, as many as the others, and each question is in one of them at least.
+
+    Args:
+        model: the model, or its wrapper; left in the mode it was in.
+        batches: of questions, each with `input_ids`, `attention_mask`, `choices` and `answer_position` as of
+            `CalibrationAware`, and `question`, (B,): which ones these are.
+        questions: N, how many there are on all ranks.
+
+    Returns:
+        (N, C) float32, -inf for a choice that is not there; on the device of the batches.
+
+    Raises:
+        RuntimeError: a question was in no batch.
+    """
+    training = model.training
+    model.eval()
+    try:
+        found: Tensor | None = None
+        for batch in batches:
+            choices, position = batch["choices"], batch["answer_position"]
+            # The heads of transformers' models can answer for some positions alone: all of the batch's.
+            output = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=position,
+                use_cache=False,
+            )
+            rows = torch.arange(len(position), device=position.device)
+            picked = output.logits[rows, rows].float().gather(1, choices.clamp_min(0))
+            if found is None:
+                found = picked.new_full((questions, choices.shape[1]), -torch.inf)
+            found[batch["question"]] = picked.masked_fill(choices < 0, -torch.inf)
+    finally:
+        model.train(training)
+    if found is None:
+        raise RuntimeError("there is no batch of questions, so there is no E-step")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    missing = found.isneginf().all(-1)
+    if missing.any():
+        raise RuntimeError(
+            f"question {int(missing.nonzero()[0])} of {questions} was in no batch "
+            f"({int(missing.sum())} such); every question must be in one"
+        )
+    return found
