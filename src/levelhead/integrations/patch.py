@@ -176,9 +176,8 @@ class PatchState:
 
     def training_transform(self) -> HeadTransform:
         """The model's own transform, then temperature and softcap."""
-        own = self.transform
-        softcap = self.softcap if own.softcap is None else own.softcap / self.temperature
-        return replace(own, logit_scale=own.logit_scale / self.temperature, softcap=softcap)
+        own = self.transform.at_temperature(self.temperature)
+        return own if self.softcap is None else replace(own, softcap=self.softcap)
 
 
 # Patched models that have warned of a training call without labels.

@@ -11,7 +11,7 @@ whatever is not a scale, a cap and a cut before a cross-entropy is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ class HeadTransform:
         """Logits of the loss, (..., vocab_size), for the output of the head, (..., V)."""
         z = self.logit_scale * z[..., : self.vocab_size]
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def at_temperature(self, temperature: float) -> HeadTransform:
+        """The transform to the same logits divided by `temperature`, after the cap."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, logit_scale=self.logit_scale / temperature, softcap=softcap)
 
 
 def probe_head(model: nn.Module) -> HeadTransform:
