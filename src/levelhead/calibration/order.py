@@ -1,0 +1,100 @@
+"""Scores in ascending order, ties together, without sorting all of them at once."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .predictions import CHUNK
+
+
+class Ties(NamedTuple):
+    """Distinct scores, ascending, and how many answers with that score were right and wrong.
+
+    Attributes:
+        score: (D,) float64.
+        right: (D,) int64.
+        wrong: (D,) int64.
+    """
+
+    score: Tensor
+    right: Tensor
+    wrong: Tensor
+
+
+def ascending(score: Tensor, correct: Tensor) -> Iterator[Ties]:
+    """Yields all distinct scores in order, in pieces; equal scores never part.
+
+    Sorting N float64 at once takes 24 N bytes or more. A piece has `CHUNK` rows or so, and costs
+    one more pass over the scores.
+    """
+    for rows in _ranges(score):
+        if rows is None:
+            yield _ties(score, correct)
+        elif bool(rows.any()):
+            yield _ties(score[rows], correct[rows])
+
+
+def quantile_edges(score: Tensor, bins: int) -> Tensor:
+    """The lowest score of each bin by rank, then the highest of all; no interpolation. (B + 1,)."""
+    rank = torch.arange(bins + 1) * len(score) // bins
+    rank = rank.clamp(max=len(score) - 1)
+    edges = torch.empty(bins + 1, dtype=torch.float64)
+    seen = 0
+    for ties in ascending(score, torch.ones_like(score, dtype=torch.bool)):
+        upto = seen + ties.right.cumsum(0)  # rows with this score or a lower one
+        here = (rank >= seen) & (rank < upto[-1])
+        edges[here] = ties.score[torch.searchsorted(upto, rank[here], right=True)]
+        seen = int(upto[-1])
+    return edges
+
+
+def cells(score: Tensor, count: int) -> Tensor:
+    """Inner edges of at most `count` cells with about as many scores each, (K - 1,) ascending.
+
+    A cell holds its lower edge. `count` distinct scores or fewer have a cell each, as far as a
+    sample of 65,536 to 131,072 evenly spaced rows sees them all.
+    """
+    sample = _sample(score)
+    distinct: Tensor = torch.unique(sample)
+    if len(distinct) > count:
+        distinct = torch.unique(sample[torch.arange(count) * len(sample) // count])
+    return distinct[1:]
+
+
+def _sample(score: Tensor) -> Tensor:
+    return score[:: max(1, len(score) >> 16)].sort().values
+
+
+def _ranges(score: Tensor) -> Iterator[Tensor | None]:
+    """Masks of rows, in ascending order of score; None for all rows."""
+    if len(score) <= CHUNK:
+        yield None
+        return
+    sample = _sample(score)
+    pieces = 1 + len(score) // CHUNK
+    at = torch.arange(1, pieces) * len(sample) // pieces
+    cuts = [*torch.unique(sample[at]).tolist(), score.max().item()]
+    yield score < cuts[0]
+    for low, high in pairwise(cuts):
+        yield score == low  # by itself: a softmax in float32 is often exactly 1.0
+        yield (score > low) & (score < high)
+    yield score == cuts[-1]
+
+
+def _ties(score: Tensor, correct: Tensor) -> Ties:
+    if bool((score == score[0]).all()):
+        right = correct.sum().view(1)
+        return Ties(score[:1], right, len(score) - right)
+    score, order = score.sort()
+    last = torch.ones_like(correct)  # whether the row is the last of its score
+    torch.ne(score[1:], score[:-1], out=last[:-1])
+    count = _differences(last.nonzero().flatten() + 1)
+    right = _differences(correct[order].cumsum(0)[last])
+    return Ties(score[last], right, count - right)
+
+
+def _differences(cumulative: Tensor) -> Tensor:
+    return torch.diff(cumulative, prepend=cumulative.new_zeros(1))

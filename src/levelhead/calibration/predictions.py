@@ -1,0 +1,116 @@
+"""What the measures take, from a caller's tensor, array or list to checked columns on the CPU.
+
+Scores become float64 and outcomes booleans; arrays and tensors that already are so are not copied.
+Whatever runs over all rows takes `CHUNK` of them at a time, so ten million need little more memory
+than the input itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # rows
+
+
+def as_predictions(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:
+    """Confidence (N,) float64 in [0, 1] and outcomes (N,) bool, at least one of each."""
+    confidence, correct = _as_columns("confidence", confidence, correct)
+    check_probabilities("confidence", confidence)
+    return confidence, correct
+
+
+def as_scores(score: Any, correct: Any) -> tuple[Tensor, Tensor]:
+    """Scores (N,) float64, any number but NaN, and outcomes (N,) bool, at least one of each."""
+    score, correct = _as_columns("score", score, correct)
+    _check_values("score", score, valid=~score.isnan(), expected="a number, not NaN")
+    return score, correct
+
+
+def chunks(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equally long columns, `CHUNK` rows at a time."""
+    return zip(*(torch.split(column, CHUNK) for column in columns), strict=True)
+
+
+def check_probabilities(name: str, values: Tensor) -> None:
+    """Refuse what is not in [0, 1]."""
+    _check_values(
+        name,
+        values,
+        valid=(values >= 0) & (values <= 1),
+        expected="a probability in [0, 1]; take the softmax of logits, divide percentages by 100",
+    )
+
+
+def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the valid ones."""
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, valid))}")
+
+
+def as_tensor(name: str, values: Any) -> Tensor:
+    """A detached tensor on the CPU, of the caller's dtype where it has one."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    try:
+        if hasattr(values, "__array__"):  # numpy, pandas, pyarrow, polars
+            array = values.__array__()
+            if not array.flags.writeable or min(array.strides, default=0) < 0:
+                array = array.copy()  # torch takes neither without a word
+            return torch.as_tensor(array)
+        # Straight to float64: a list of Python floats would pass through float32 and change bins.
+        return torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, an array or a list of numbers, "
+            f"got {type(values).__name__} ({error})"
+        ) from error
+
+
+def as_classes(name: str, values: Tensor, target: Any) -> Tensor:
+    """Right classes (N,) int64 for the (N, C) tensor called `name`, N and C at least 1."""
+    classes = as_tensor("target", target)
+    if values.dim() != 2 or classes.shape != values.shape[:1] or 0 in values.shape:
+        raise ValueError(
+            f"{name} must have shape (N, C) and target (N,), none of them empty, got "
+            f"{tuple(values.shape)} and {tuple(classes.shape)}"
+        )
+    _check_values(
+        "target",
+        classes,
+        valid=(classes >= 0) & (classes < values.shape[1]) & (classes == classes.long()),
+        expected=f"a class, an integer from 0 to {values.shape[1] - 1}",
+    )
+    return classes.long()
+
+
+def _as_columns(name: str, values: Any, correct: Any) -> tuple[Tensor, Tensor]:
+    values, correct = as_tensor(name, values), as_tensor("correct", correct)
+    if values.shape != correct.shape:
+        raise ValueError(
+            f"{name} and correct must have the same shape, got {tuple(values.shape)} and "
+            f"{tuple(correct.shape)}; pass one {name} and one outcome per prediction"
+        )
+    if values.numel() == 0:
+        raise ValueError(f"no predictions: {name} and correct are empty; pass at least one of each")
+    if values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    values, correct = values.flatten().contiguous(), correct.flatten()
+    if correct.dtype is not torch.bool:
+        _check_values(
+            "correct",
+            correct,
+            valid=(correct == 0) | (correct == 1),
+            expected="a boolean, 0 or 1; compare the predicted ids with the target ids first",
+        )
+    return values.double(), correct.bool()
+
+
+def _check_values(name: str, values: Tensor, *, valid: Tensor, expected: str) -> None:
+    if not bool(valid.all()):
+        first = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"{name} holds {values[first].item():g} at position {first} "
+            f"({int((~valid).sum())} such of {len(values)}); each value must be {expected}"
+        )

@@ -1,0 +1,217 @@
+"""Does confidence tell right answers from wrong ones? Measures that see only the order of scores.
+
+All follow from how many answers were right and wrong at each distinct score, and treat ties alike:
+what equal scores cannot tell apart counts half, or is averaged over the orders they might stand in.
+
+References:
+    Mann, Whitney. On a test of whether one of two random variables is stochastically larger than
+    the other. Annals of Mathematical Statistics 18, 1947.
+    Geifman, El-Yaniv. Selective classification for deep neural networks. NeurIPS 2017.
+    Plaut, Nguyen, Trinh. Probabilities of chat LLMs are miscalibrated but still predict correctness
+    on multiple-choice Q&A. TMLR 2025, arXiv 2402.13213.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .order import ascending
+from .predictions import as_scores
+
+
+class Ranking(NamedTuple):
+    """What one pass over the ordered scores finds.
+
+    Attributes:
+        right: Answers that were right.
+        wrong: Answers that were wrong.
+        wins: Mann-Whitney's U of the right answers: pairs (right, wrong) in which the right answer
+            scored higher, ties counted half.
+        ties: Sum over distinct scores of t^3 - t, t being how many answers have it.
+        aurc: Area under the risk-coverage curve.
+    """
+
+    right: int
+    wrong: int
+    wins: float
+    ties: float
+    aurc: float
+
+    @property
+    def auroc(self) -> float:
+        """Share of the pairs (right, wrong) that are in order; NaN if there are none."""
+        pairs = self.right * self.wrong
+        return self.wins / pairs if pairs else math.nan
+
+
+class RiskCoverage(NamedTuple):
+    """The risk-coverage curve, a row per distinct score, from the highest down.
+
+    Attributes:
+        threshold: Answer if the score is at least this, (D,) float64, descending.
+        coverage: Share of questions answered, in (0, 1], (D,) float64.
+        risk: Share of the answers that are wrong, in [0, 1], (D,) float64.
+        area: Area under the curve (AURC), in [0, 1]; lower is better.
+    """
+
+    threshold: Tensor
+    coverage: Tensor
+    risk: Tensor
+    area: float
+
+
+def auroc(score: Any, correct: Any) -> float:
+    """Probability that a right answer scores higher than a wrong one, ties counted half.
+
+    The area under the ROC curve of the score as a predictor of correctness, in Mann-Whitney form:
+    the share of all pairs (right, wrong) that are in order. Exact: pairs are counted.
+
+    Args:
+        score: Any number that grows with trust, probability or not, infinities included: a tensor,
+            an array or a list of any shape (...).
+        correct: Whether the answer was right, same shape (...): booleans, or zeros and ones.
+
+    Returns:
+        In [0, 1]: 0.5 says nothing (all scores equal, for one), 1 separates perfectly. NaN if all
+        answers are right or all are wrong: there is no pair.
+
+    Raises:
+        TypeError: `score` or `correct` does not hold numbers.
+        ValueError: Shapes differ, nothing was given, a score is NaN or an outcome not 0 or 1.
+
+    Example:
+        >>> auroc([0.9, 0.7, 0.7, 0.2], [True, True, False, False])
+        0.875
+    """
+    return rank(*as_scores(score, correct)).auroc
+
+
+def mann_whitney_p(score: Any, correct: Any) -> float:
+    """Two-sided p-value of the Mann-Whitney U test: do right and wrong answers score alike?
+
+    As `scipy.stats.mannwhitneyu` chooses by itself: exact if no scores tie and the smaller group has
+    at most 8 answers, else the normal approximation with tie and continuity corrections.
+
+    Args:
+        score: As in `auroc`.
+        correct: As in `auroc`.
+
+    Returns:
+        In [0, 1]; 1 if all scores are equal, NaN if all answers are right or all are wrong.
+
+    Raises:
+        TypeError: As `auroc`.
+        ValueError: As `auroc`.
+
+    Example:
+        >>> mann_whitney_p([0.1, 0.2, 0.3, 0.8, 0.9], [0, 0, 0, 1, 1])
+        0.2
+    """
+    found = rank(*as_scores(score, correct))
+    right, wrong = found.right, found.wrong
+    if not right or not wrong:
+        return math.nan
+    lower = min(found.wins, right * wrong - found.wins)
+    if found.ties == 0 and min(right, wrong) <= _EXACT:
+        return min(1.0, 2 * _share_of_orders(int(lower), min(right, wrong), max(right, wrong)))
+    n = right + wrong
+    variance = right * wrong / 12 * ((n + 1) - found.ties / (n * (n - 1)))
+    above = right * wrong / 2 - lower - 0.5
+    if variance <= 0:
+        return 1.0
+    return min(1.0, math.erfc(above / math.sqrt(2 * variance)))
+
+
+def risk_coverage(score: Any, correct: Any) -> RiskCoverage:
+    """Risk against coverage, if only the answers with the highest scores are given.
+
+    The area is the mean, over k = 1 ... N, of the share of wrong answers among the k highest scores
+    (AURC); among equal scores it takes the mean over all orders, so it does not depend on the order
+    of the input. The area of a perfect order of a model with accuracy a is about
+    1 - a + a log(a), not 0.
+
+    Args:
+        score: As in `auroc`.
+        correct: As in `auroc`.
+
+    Returns:
+        The curve at every distinct score, and its area. If all answers are right the risk is 0
+        everywhere, if all are wrong 1.
+
+    Raises:
+        TypeError: As `auroc`.
+        ValueError: As `auroc`.
+
+    Example:
+        >>> curve = risk_coverage([0.9, 0.8, 0.3, 0.1], [True, False, True, True])
+        >>> curve.coverage.tolist(), [round(risk, 3) for risk in curve.risk.tolist()]
+        ([0.25, 0.5, 0.75, 1.0], [0.0, 0.5, 0.333, 0.25])
+        >>> round(curve.area, 4)
+        0.2708
+
+    References:
+        Geifman, Uziel, El-Yaniv. Bias-reduced uncertainty estimation for deep neural classifiers.
+        ICLR 2019.
+    """
+    score, correct = as_scores(score, correct)
+    threshold, right, wrong = (
+        torch.cat(part).flip(0) for part in zip(*ascending(score, correct), strict=True)
+    )
+    answered, errors = (right + wrong).cumsum(0), wrong.cumsum(0)
+    area = risk_sums(right, wrong, answered - right - wrong, errors - wrong).sum() / len(score)
+    return RiskCoverage(threshold, answered / len(score), errors / answered.double(), area.item())
+
+
+def rank(score: Tensor, correct: Tensor) -> Ranking:
+    """Everything that the order of checked scores says, in one pass over them."""
+    right_left, wrong_left = int(correct.sum()), int((~correct).sum())
+    right_seen = wrong_seen = twice_wins = 0
+    ties = risk = 0.0
+    for _, right, wrong in ascending(score, correct):
+        wrong_below = wrong_seen + wrong.cumsum(0) - wrong
+        twice_wins += int((right * (2 * wrong_below + wrong)).sum())
+        count = (right + wrong).double()
+        ties += (count.pow(3) - count).sum().item()
+        right_above = right_left - right.cumsum(0)
+        wrong_above = wrong_left - wrong.cumsum(0)
+        risk += risk_sums(right, wrong, right_above + wrong_above, wrong_above).sum().item()
+        right_seen, wrong_seen = right_seen + int(right.sum()), wrong_seen + int(wrong.sum())
+        right_left, wrong_left = int(right_above[-1]), int(wrong_above[-1])
+    aurc = risk / len(score)
+    return Ranking(right_seen, wrong_seen, twice_wins / 2, ties, aurc)
+
+
+def risk_sums(right: Tensor, wrong: Tensor, above: Tensor, wrong_above: Tensor) -> Tensor:
+    """Sum of the risks at the k that fall into each group of equal scores.
+
+    With n answers and w errors above the group, and m answers and e errors in it, the expected risk
+    at its j-th answer is (w + e j / m) / (n + j), whose sum over j = 1 ... m is
+    e + (w - e n / m) (H(n + m) - H(n)), H being the harmonic numbers.
+    """
+    count = (right + wrong).double()
+    above, wrong_above, wrong = above.double(), wrong_above.double(), wrong.double()
+    harmonic = torch.digamma(above + count + 1) - torch.digamma(above + 1)
+    harmonic = torch.where(count == 1, 1 / (above + 1), harmonic)
+    share = torch.where(count > 0, wrong / count, 0.0)
+    return wrong + (wrong_above - share * above) * harmonic
+
+
+_EXACT = 8  # scipy's bound on the smaller group
+
+
+def _share_of_orders(u: int, few: int, many: int) -> float:
+    """Probability that U <= u if all orders of `few` and `many` distinct scores are as likely.
+
+    The orders with U = j are counted by the coefficient of q^j in the Gaussian binomial
+    prod_i (1 - q^(many + i)) / (1 - q^i), i = 1 ... few; each factor is a shift or a running sum.
+    """
+    orders = torch.zeros(u + 1, dtype=torch.float64)
+    orders[0] = 1
+    for i in range(1, few + 1):
+        columns = -(-(u + 1) // i)
+        padded = torch.nn.functional.pad(orders, (0, columns * i - u - 1))
+        orders = padded.view(columns, i).cumsum(0).flatten()[: u + 1]
+        orders[many + i :] -= orders[: -(many + i)].clone()
+    return (orders.sum() / math.comb(few + many, few)).item()
