@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from levelhead import __version__
 
-from . import demo, doctor, sft
+from . import capacity, demo, doctor, sft, temperature
 from .errors import CliError
 
-_VERBS = (demo, sft, doctor)
+_VERBS = (demo, sft, capacity, temperature, doctor)
 _EPILOG = """\
 examples:
   levelhead demo --seeds 1
   levelhead sft tiny questions.jsonl --output run
+  levelhead capacity run questions.jsonl
+  levelhead temperature run held-out.jsonl --output calibrated
   levelhead doctor
 
 exit codes:

@@ -1,7 +1,9 @@
-"""Types of arguments that several verbs take; argparse prints what they raise."""
+"""Arguments that several verbs take, and their types; argparse prints what those raise."""
 
 import argparse
 import math
+from pathlib import Path
+from typing import Any
 
 
 def share(text: str) -> float:
@@ -35,3 +37,64 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def add_model(parser: Any) -> None:
+    """Adds MODEL and whether its own code may run."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
+        "reads bytes, to try the command offline",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model (default: refuse)",
+    )
+
+
+def add_reading(group: Any) -> None:
+    """Adds what says which tokens of DATA a model reads, and how many at a time."""
+    group.add_argument(
+        "--max-tokens",
+        type=count,
+        default=65_536,
+        metavar="N",
+        help="stop after N tokens that count: one hidden state is kept in memory for each "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=count,
+        default=1024,
+        metavar="TOKENS",
+        help="cut rows to this length, and texts into pieces of it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        default=8,
+        metavar="N",
+        help="rows per forward pass (default: %(default)s)",
+    )
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template for chats, in place of the tokenizer's",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
+    group.add_argument(
+        "--dataset-split",
+        default="train",
+        metavar="NAME",
+        help="of a data set given by name, for example train[:95%%] (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="of the order in which rows are read (default: %(default)s)",
+    )

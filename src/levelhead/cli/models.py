@@ -1,7 +1,7 @@
 """The model and its tokenizer: from a hub or a folder, or made here to try the command offline."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -52,14 +52,15 @@ def load_tokenizer(name: str, chat_template: Path | None, *, trust_remote_code: 
     return tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
-    """The model, from safetensors alone; its own code runs only if trusted.
+def load_model(name: str, dtype: torch.dtype | Literal["auto"], *, trust_remote_code: bool) -> Any:
+    """The model, from safetensors alone, "auto": as it was saved; its own code runs only if trusted.
 
     Raises:
         CliError: There is none that can be loaded so.
     """
     if name == TINY:
-        return _tiny_model().to(dtype)
+        model = _tiny_model()
+        return model if dtype == "auto" else model.to(dtype)
     _refuse_pickles(name)
     try:
         return AutoModelForCausalLM.from_pretrained(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..ops import LogitStats, linear_logit_stats
 from ..ops.checks import is_dtensor
+from .head_stats import find_head
 from .heads import language_model, output_heads, refusal
 from .loss_head import IGNORE_INDEX
-from .patch import patch_state
-from .probe import HeadTransform, probe_head, withhold_labels
+from .probe import HeadTransform, withhold_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +70,15 @@ def output_head(model: nn.Module) -> OutputHead:
     Raises:
         ValueError: The model has none of which the logits are a function that is known.
     """
-    inner = language_model(model)
-    heads = output_heads(inner)
-    state = patch_state(inner)
-    transform = probe_head(inner) if state is None else state.transform
-    head = heads[0]
-    if len(heads) > 1 or is_dtensor(head.weight):
-        reason = "it has copies of its head" if len(heads) > 1 else "its head is a DTensor"
-        raise refusal(inner, reason, "Merge its adapters, and load it on one device")
-    size = transform.vocab_size
+    found = find_head(model)
+    head = found.modules[0]
+    copies = len(found.modules) > 1
+    if copies or is_dtensor(head.weight):
+        reason = "it has copies of its head" if copies else "its head is a DTensor"
+        raise refusal(found.model, reason, "Merge its adapters, and load it on one device")
+    size = found.transform.vocab_size
     bias = None if head.bias is None else head.bias[:size]
-    return OutputHead(head.weight[:size], bias, transform)
+    return OutputHead(head.weight[:size], bias, found.transform)
 
 
 def collect(
