@@ -10,14 +10,14 @@ def bin_of(confidence: float, bins: int) -> int:
 
 def conf_bins(
     probabilities: list[list[float]], target: list[int], bins: int
-) -> list[tuple[float, int]]:
-    """(acc_k, n_k) of the bin of each question."""
+) -> list[tuple[int, int]]:
+    """Right ones and all of the bin of each question."""
     index = [bin_of(min(max(p), 1.0), bins) for p in probabilities]
     right = [p.index(max(p)) == y for p, y in zip(probabilities, target, strict=True)]
     found = []
     for own in index:
         members = [ok for k, ok in zip(index, right, strict=True) if k == own]
-        found.append((sum(members) / len(members), len(members)))
+        found.append((sum(members), len(members)))
     return found
 
 
@@ -37,11 +37,12 @@ def target(p: list[float], accuracy: float) -> list[float]:
     return [*shared[:first], accuracy, *shared[first:]]
 
 
-def conf_loss(probabilities: list[list[float]], binned: list[tuple[float, int]]) -> float:
+def conf_loss(probabilities: list[list[float]], binned: list[tuple[int, int]]) -> float:
     """L over these questions."""
     total = 0.0
-    for p, (accuracy, count) in zip(probabilities, binned, strict=True):
-        total += sum((q - t) ** 2 for q, t in zip(p, target(p, accuracy), strict=True)) / count
+    for p, (right, count) in zip(probabilities, binned, strict=True):
+        wanted = target(p, right / count)
+        total += sum((q - t) ** 2 for q, t in zip(p, wanted, strict=True)) / count
     return total
 
 

@@ -11,41 +11,33 @@ from levelhead.objectives.calibration_aware import classwise_bins, confidence_bi
 
 
 @given(questions(), st.integers(1, 12))
-def test_accuracy_and_size_are_those_of_the_bin(drawn: Questions, bins: int) -> None:
+def test_counts_are_those_of_the_bin(drawn: Questions, bins: int) -> None:
     p, target = drawn
     want = oracle.conf_bins(p.tolist(), target.tolist(), bins)
     got = confidence_bins(p, target, bins=bins)
-    assert got.accuracy.tolist() == pytest.approx([accuracy for accuracy, _ in want], abs=1e-6)
-    assert (1 / got.weight).tolist() == pytest.approx([count for _, count in want])
-
-
-@given(questions())
-def test_the_weights_of_a_bin_sum_to_one(drawn: Questions) -> None:
-    p, target = drawn
-    filled = {oracle.bin_of(max(row), 10) for row in p.tolist()}
-    assert confidence_bins(p, target).weight.sum().item() == pytest.approx(len(filled), rel=1e-5)
+    assert list(zip(got.right.tolist(), got.size.tolist(), strict=True)) == want
 
 
 def test_one_question_per_bin_is_right_or_wrong() -> None:
     p = torch.tensor([[0.55, 0.45], [0.35, 0.65], [0.75, 0.25], [1.0, 0.0]])
     got = confidence_bins(p, torch.tensor([0, 0, 1, 0]))
-    assert got.accuracy.tolist() == [1, 0, 0, 1]
-    assert got.weight.tolist() == [1, 1, 1, 1]
+    assert got.right.tolist() == [1, 0, 0, 1]
+    assert got.size.tolist() == [1, 1, 1, 1]
 
 
 def test_the_last_bin_holds_certainty_and_a_lower_edge_its_bin() -> None:
     p = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2]], dtype=torch.float64)
-    assert confidence_bins(p, torch.tensor([0, 1, 0])).accuracy.tolist() == [0.5, 0.5, 1]
+    assert confidence_bins(p, torch.tensor([0, 1, 0])).size.tolist() == [2, 2, 1]
 
 
 def test_of_tied_choices_the_first_is_the_answer() -> None:
     p = torch.full((2, 4), 0.25)
-    assert confidence_bins(p, torch.tensor([0, 3])).accuracy.tolist() == [0.5, 0.5]
+    assert confidence_bins(p, torch.tensor([0, 3])).right.tolist() == [1, 1]
 
 
 def test_a_sum_rounded_above_one_is_certainty() -> None:
     p = torch.tensor([[1 + 1e-7, 0.0]], dtype=torch.float64)
-    assert confidence_bins(p, torch.tensor([0])).accuracy.tolist() == [1]
+    assert confidence_bins(p, torch.tensor([0])).right.tolist() == [1]
 
 
 @given(questions())
@@ -56,18 +48,17 @@ def test_by_class_the_frequency_is_that_of_the_bin(drawn: Questions) -> None:
         index = [oracle.bin_of(q, 10) for q in p[:, c].tolist()]
         for i, own in enumerate(index):
             members = [j for j, k in enumerate(index) if k == own]
-            want = sum(int(target[j]) == c for j in members) / len(members)
-            assert got.accuracy[i, c].item() == pytest.approx(want, abs=1e-6)
-            assert got.weight[i, c].item() == pytest.approx(1 / len(members) / p.shape[1])
+            assert got.right[i, c].item() == sum(int(target[j]) == c for j in members)
+            assert got.size[i, c].item() == len(members)
 
 
 def test_by_class_a_choice_counts_among_the_questions_that_have_it() -> None:
     p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.25, 0.25]])
     valid = torch.tensor([[True, True, False], [True, True, True]])
     got = classwise_bins(p, torch.tensor([0, 2]), valid=valid)
-    assert got.weight[:, 2].tolist() == [0, pytest.approx(1 / 3)]
-    assert got.accuracy[:, 2].tolist() == [0, 1]
-    assert got.accuracy[:, 0].tolist() == [0.5, 0.5]
+    assert got.size[:, 2].tolist() == [0, 1]
+    assert got.right[:, 2].tolist() == [0, 1]
+    assert got.right[:, 0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("step", [confidence_bins, classwise_bins])

@@ -37,13 +37,13 @@ def test_batches_add_up_whatever_their_size(drawn: Questions) -> None:
 @given(questions())
 def test_its_gradient_takes_the_target_for_a_constant(drawn: Questions) -> None:
     p = drawn.probabilities.requires_grad_()
-    accuracy, weight = confidence_bins(p, drawn.target)
-    ece_loss(p, accuracy, weight).sum().backward()
-    target = rank_preserving_target(p, accuracy)
-    torch.testing.assert_close(p.grad, 2 * weight.double()[:, None] * (p.detach() - target))
+    right, size = confidence_bins(p, drawn.target)
+    ece_loss(p, right, size).sum().backward()
+    target = rank_preserving_target(p, right.double() / size)
+    torch.testing.assert_close(p.grad, 2 * (p.detach() - target) / size[:, None])
 
 
-def test_one_question_per_bin_counts_as_much_as_a_full_bin() -> None:
+def test_one_question_per_bin_sizes_as_much_as_a_full_bin() -> None:
     p = torch.tensor([[0.95, 0.05]] * 9 + [[0.65, 0.35]])
     losses = ece_loss(p, *confidence_bins(p, torch.tensor([0] * 9 + [1])))
     assert losses[:9].sum().item() == pytest.approx(2 * 0.05**2)
@@ -64,8 +64,17 @@ def test_by_class_it_is_the_formula(drawn: Questions) -> None:
 
 
 def test_shapes_must_go_together() -> None:
-    p, three = torch.rand(3, 4), torch.rand(3)
-    with pytest.raises(ValueError, match="weight must have shape"):
-        ece_loss(p, three, torch.rand(3, 4))
-    with pytest.raises(ValueError, match="accuracy must have shape"):
-        classwise_ece_loss(p, three, torch.rand(3, 4))
+    p, three, all_of_them = torch.rand(3, 4), torch.ones(3).long(), torch.ones(3, 4).long()
+    with pytest.raises(ValueError, match="size must have shape"):
+        ece_loss(p, three, all_of_them)
+    with pytest.raises(ValueError, match="right must have shape"):
+        classwise_ece_loss(p, three, all_of_them)
+
+
+def test_by_class_a_choice_that_is_not_there_has_no_loss() -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0]], requires_grad=True)
+    size = torch.tensor([[2, 2, 0]])
+    loss = classwise_ece_loss(p, torch.tensor([[2, 0, 0]]), size)
+    loss.backward()
+    assert loss.item() == pytest.approx((0.25 / 2 + 0.25 / 2) / 3)
+    assert p.grad[0, 2] == 0

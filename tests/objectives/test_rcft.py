@@ -81,11 +81,10 @@ def test_loss_and_gradients_are_those_of_the_dense_formula():
         choice_logits(model, [rows | questions()], questions=4), LETTERS
     )
     binned = confidence_bins(probabilities, ANSWER, valid=LETTERS >= 0)
-    accuracies, weights = (column.double() for column in binned)
     want = plain
-    for q, accuracy, weight in zip(p, accuracies, weights, strict=True):
-        target = torch.tensor(oracle.target(q.tolist(), accuracy.item()), dtype=torch.float64)
-        want = want + 0.7 * weight * (q - target).square().sum()
+    for q, right, count in zip(p, *(column.tolist() for column in binned), strict=True):
+        target = torch.tensor(oracle.target(q.tolist(), right / count), dtype=torch.float64)
+        want = want + 0.7 * (q - target).square().sum() / count
     want.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
 
@@ -95,8 +94,8 @@ def test_loss_and_gradients_are_those_of_the_dense_formula():
         **rows,
         choices=LETTERS,
         answer_position=POSITION,
-        bin_accuracy=accuracies,
-        bin_weight=weights,
+        bin_right=binned.right,
+        bin_size=binned.size,
     )
     assert "logits" not in out
     out.loss.backward()
@@ -113,7 +112,7 @@ def test_batches_of_any_size_make_the_whole(classwise):
     tokens = int((rows["labels"][:, 1:] != -100).sum())
     p = choice_probabilities(choice_logits(model, [rows | questions()], questions=4), LETTERS)
     binned = (classwise_bins if classwise else confidence_bins)(p, ANSWER, valid=LETTERS >= 0)
-    everything = rows | questions() | {"bin_accuracy": binned[0], "bin_weight": binned[1]}
+    everything = rows | questions() | {"bin_right": binned.right, "bin_size": binned.size}
     del everything["question"]
     set_objective(patch_model(model), CalibrationAware(tokens, classwise=classwise))
     whole = model(**everything).loss
@@ -131,7 +130,7 @@ def test_smoothing_is_that_of_the_tokens():
         logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), label_smoothing=0.3
     )
     set_objective(patch_model(model), CalibrationAware(1, ece_weight=0.0, label_smoothing=0.3))
-    bins = {"bin_accuracy": torch.ones(4), "bin_weight": torch.ones(4)}
+    bins = {"bin_right": torch.ones(4).long(), "bin_size": torch.ones(4).long()}
     got = model(**rows, choices=LETTERS, answer_position=POSITION, **bins).loss
     torch.testing.assert_close(got, want)
 
@@ -139,7 +138,7 @@ def test_smoothing_is_that_of_the_tokens():
 def test_it_compiles_as_one_graph():
     model, rows = tiny_model(torch.float32), batch()
     set_objective(patch_model(model), CalibrationAware(20))
-    bins = {"bin_accuracy": torch.rand(4), "bin_weight": torch.rand(4)}
+    bins = {"bin_right": torch.arange(4), "bin_size": torch.full((4,), 5)}
     inputs = rows | {"choices": LETTERS, "answer_position": POSITION} | bins
     want = model(**inputs).loss
     want.backward()

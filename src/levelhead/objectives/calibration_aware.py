@@ -28,18 +28,20 @@ from ..calibration import reliability
 _LOG3 = math.log(3)
 
 
-class BinnedAccuracy(NamedTuple):
+class BinCounts(NamedTuple):
     """What the E-step found for each of N questions, or for each of its C choices.
 
+    Whole numbers, because FSDP and DeepSpeed round what a model is given in floating point.
+
     Attributes:
-        accuracy: share of right answers in the bin, in [0, 1], (N,); by class, the share of the
-            questions in the bin whose answer is this choice, (N, C). float32.
-        weight: one over the questions in the bin, (N,); by class, one over C times them, (N, C).
-            float32; 0 for a choice that is not there.
+        right: questions in the bin whose answer is right, (N,); by class, questions in the bin whose
+            answer is this choice, (N, C). int64.
+        size: questions in the bin, at least 1, (N,); by class, (N, C), 0 for a choice that is not
+            there. int64.
     """
 
-    accuracy: Tensor
-    weight: Tensor
+    right: Tensor
+    size: Tensor
 
 
 def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
@@ -75,8 +77,8 @@ def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
 
 def confidence_bins(
     probabilities: Tensor, target: Tensor, *, bins: int = 10, valid: Tensor | None = None
-) -> BinnedAccuracy:
-    """E-step: the accuracy of each question's bin of confidence, and one over the size of the bin.
+) -> BinCounts:
+    """E-step: how many questions are in each question's bin of confidence, and how many of them are right.
 
     Bins have equal width and hold their lower edge; the last one holds 1, too. Computed in float64.
 
@@ -87,7 +89,7 @@ def confidence_bins(
         valid: which choices there are, (N, C), bool; None: all of them.
 
     Returns:
-        BinnedAccuracy, (N,), on the device of `probabilities`.
+        BinCounts, (N,), on the device of `probabilities`.
 
     Raises:
         TypeError: as `levelhead.calibration.reliability`.
@@ -100,18 +102,18 @@ def confidence_bins(
     Example:
         >>> import torch
         >>> p = torch.tensor([[0.95, 0.05], [0.92, 0.08], [0.4, 0.6]])
-        >>> confidence_bins(p, torch.tensor([0, 1, 1])).accuracy
-        tensor([0.5000, 0.5000, 1.0000])
+        >>> confidence_bins(p, torch.tensor([0, 1, 1]))
+        BinCounts(right=tensor([1, 1, 1]), size=tensor([2, 2, 1]))
     """
     _check_questions(probabilities, target, valid)
     confidence, answer = probabilities.max(-1)
-    accuracy, count = _of_bins(confidence, answer == target, bins)
-    return BinnedAccuracy(accuracy.to(probabilities.device), 1 / count.to(probabilities.device))
+    counts = _of_bins(confidence, answer == target, bins)
+    return BinCounts(*(column.to(probabilities.device) for column in counts))
 
 
 def classwise_bins(
     probabilities: Tensor, target: Tensor, *, bins: int = 10, valid: Tensor | None = None
-) -> BinnedAccuracy:
+) -> BinCounts:
     """E-step by class: the bins of `confidence_bins` for the probability of each choice by itself.
 
     The regulariser it belongs to is that of the classwise error, the mean over the C choices. A
@@ -124,7 +126,7 @@ def classwise_bins(
         valid: as `confidence_bins`.
 
     Returns:
-        BinnedAccuracy, (N, C), on the device of `probabilities`.
+        BinCounts, (N, C), on the device of `probabilities`.
 
     Raises:
         TypeError: as `confidence_bins`.
@@ -137,20 +139,19 @@ def classwise_bins(
         >>> import torch
         >>> p = torch.tensor([[0.95, 0.05], [0.92, 0.08]])
         >>> classwise_bins(p, torch.tensor([0, 1]))
-        BinnedAccuracy(accuracy=tensor([[0.5000, 0.5000],
-                [0.5000, 0.5000]]), weight=tensor([[0.2500, 0.2500],
-                [0.2500, 0.2500]]))
+        BinCounts(right=tensor([[1, 1],
+                [1, 1]]), size=tensor([[2, 2],
+                [2, 2]]))
     """
     _check_questions(probabilities, target, valid)
-    accuracy = torch.zeros(probabilities.shape)
-    weight = torch.zeros(probabilities.shape)
+    right = torch.zeros(probabilities.shape, dtype=torch.int64)
+    size = torch.zeros_like(right)
     for choice in range(probabilities.shape[1]):
         there = slice(None) if valid is None else valid[:, choice].cpu()
-        p, right = probabilities[:, choice].cpu()[there], (target == choice).cpu()[there]
+        p, chosen = probabilities[:, choice].cpu()[there], (target == choice).cpu()[there]
         if len(p):
-            accuracy[there, choice], count = _of_bins(p, right, bins)
-            weight[there, choice] = 1 / (count * probabilities.shape[1])
-    return BinnedAccuracy(accuracy.to(probabilities.device), weight.to(probabilities.device))
+            right[there, choice], size[there, choice] = _of_bins(p, chosen, bins)
+    return BinCounts(right.to(probabilities.device), size.to(probabilities.device))
 
 
 def rank_preserving_target(
@@ -206,19 +207,19 @@ def rank_preserving_target(
 
 
 def ece_loss(
-    probabilities: Tensor, accuracy: Tensor, weight: Tensor, *, valid: Tensor | None = None
+    probabilities: Tensor, right: Tensor, size: Tensor, *, valid: Tensor | None = None
 ) -> Tensor:
     """M-step: the squared distance of each question to `rank_preserving_target`, over the size of its bin.
 
-        loss_i = weight_i * sum_j (p_ij - t_ij)**2
+        loss_i = 1 / size_i * sum_j (p_ij - t_ij)**2,  t_i of the accuracy right_i / size_i
 
     Summed over all N training questions this is L, the sum over the bins of their means. A batch of B
     has about B / N of it.
 
     Args:
         probabilities: of the questions of a batch, (B, C).
-        accuracy: from the E-step over the whole training set, (B,).
-        weight: the same, (B,).
+        right: from the E-step over the whole training set, (B,).
+        size: the same, (B,).
         valid: which choices there are, (B, C), bool; None: all of them.
 
     Returns:
@@ -233,23 +234,24 @@ def ece_loss(
     Example:
         >>> import torch
         >>> p = torch.tensor([[0.9, 0.1]])
-        >>> ece_loss(p, torch.tensor([0.6]), torch.tensor([0.5]))
-        tensor([0.0900])
+        >>> ece_loss(p, right=torch.tensor([1]), size=torch.tensor([2]))
+        tensor([0.1600])
     """
-    _check_shape("weight", weight, probabilities.shape[:-1])
-    target = rank_preserving_target(probabilities, accuracy, valid=valid)
-    return weight * (probabilities - target).square().sum(-1)
+    _check_shape("right", right, probabilities.shape[:-1])
+    _check_shape("size", size, probabilities.shape[:-1])
+    target = rank_preserving_target(probabilities, _ratio(right, size, probabilities), valid=valid)
+    return (probabilities - target).square().sum(-1) / size
 
 
-def classwise_ece_loss(probabilities: Tensor, accuracy: Tensor, weight: Tensor) -> Tensor:
+def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Tensor:
     """M-step by class: the squared distance of each probability to the frequency of its bin.
 
-        loss_i = sum_j weight_ij * (p_ij - accuracy_ij)**2
+        loss_i = 1 / C * sum_j 1 / size_ij * (p_ij - right_ij / size_ij)**2
 
     Args:
-        probabilities: of the questions of a batch, (B, C).
-        accuracy: from `classwise_bins` over the whole training set, (B, C).
-        weight: the same, (B, C); 0 where there is no choice.
+        probabilities: of the questions of a batch, (B, C); C is that of the whole training set.
+        right: from `classwise_bins` over the whole training set, (B, C).
+        size: the same, (B, C); 0 where there is no choice, which has no loss.
 
     Returns:
         (B,), at least 0; dtype of `probabilities`, in which it is differentiable.
@@ -263,23 +265,29 @@ def classwise_ece_loss(probabilities: Tensor, accuracy: Tensor, weight: Tensor) 
     Example:
         >>> import torch
         >>> p = torch.tensor([[0.9, 0.1]])
-        >>> classwise_ece_loss(p, torch.tensor([[0.6, 0.4]]), torch.tensor([[0.5, 0.5]]))
-        tensor([0.0900])
+        >>> classwise_ece_loss(p, right=torch.tensor([[1, 1]]), size=torch.tensor([[2, 2]]))
+        tensor([0.0800])
     """
     _check_choices(probabilities)
-    _check_shape("accuracy", accuracy, probabilities.shape)
-    _check_shape("weight", weight, probabilities.shape)
-    return (weight * (probabilities - accuracy.detach()).square()).sum(-1)
+    _check_shape("right", right, probabilities.shape)
+    _check_shape("size", size, probabilities.shape)
+    squares = (probabilities - _ratio(right, size, probabilities)).square()
+    return (squares / size.clamp_min(1)).where(size > 0, 0).mean(-1)
+
+
+def _ratio(right: Tensor, size: Tensor, like: Tensor) -> Tensor:
+    return right.to(like.dtype) / size.clamp_min(1)
 
 
 def _of_bins(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Accuracy and size of the bin of each of N confidences, (N,) float32 on the CPU."""
+    """Right ones in the bin of each of N confidences, and all in it, (N,) int64 on the CPU."""
     confidence = confidence.detach().cpu().double()
     # A sum of float32 rounded up is no probability outside [0, 1].
     confidence = confidence.clamp(max=1)
     table = reliability(confidence, correct, bins=bins)
     index = torch.bucketize(confidence, table.edges[1:-1], right=True)
-    return table.accuracy[index].float(), table.count[index].float()
+    right = (table.accuracy * table.count).nan_to_num().round().long()
+    return right[index], table.count[index]
 
 
 def _check_choices(values: Tensor) -> None:

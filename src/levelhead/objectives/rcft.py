@@ -29,7 +29,7 @@ class CalibrationAware:
 
     - `choices`, (B, C): vocabulary ids of the letters of each question, -1 for none;
     - `answer_position`, (B,): where the letter is predicted, one before where it stands in `input_ids`;
-    - `bin_accuracy` and `bin_weight`, (B,), or (B, C) by class: what the E-step over the whole training
+    - `bin_right` and `bin_size`, (B,), or (B, C) by class: what the E-step over the whole training
       set found for these questions; see `levelhead.objectives.calibration_aware`.
 
     Attributes:
@@ -53,8 +53,8 @@ class CalibrationAware:
     columns: ClassVar[tuple[str, ...]] = (
         "choices",
         "answer_position",
-        "bin_accuracy",
-        "bin_weight",
+        "bin_right",
+        "bin_size",
     )
 
     def __post_init__(self) -> None:
@@ -75,8 +75,8 @@ class CalibrationAware:
         logit_scale: float,
         choices: Tensor,
         answer_position: Tensor,
-        bin_accuracy: Tensor,
-        bin_weight: Tensor,
+        bin_right: Tensor,
+        bin_size: Tensor,
     ) -> Tensor:
         """Loss of each token, (B, T), for hidden states (B, T, D); that of a question is at its answer."""
         there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
@@ -97,16 +97,14 @@ class CalibrationAware:
         losses = token_loss(logsumexp, picked, mean, self.label_smoothing, 0.0)
         rows = torch.arange(len(choices), device=input.device)
         picked = stats.picked[rows, answer_position, 1:]
-        question = (
-            self.tokens * self.ece_weight * self._ece(picked, choices, bin_accuracy, bin_weight)
-        )
+        question = self.tokens * self.ece_weight * self._ece(picked, choices, bin_right, bin_size)
         return losses + question[:, None].where(there, 0)
 
-    def _ece(self, picked: Tensor, choices: Tensor, accuracy: Tensor, weight: Tensor) -> Tensor:
+    def _ece(self, picked: Tensor, choices: Tensor, right: Tensor, size: Tensor) -> Tensor:
         probabilities = choice_probabilities(picked, choices)
         if self.classwise:
-            return classwise_ece_loss(probabilities, accuracy, weight)
-        return ece_loss(probabilities, accuracy, weight, valid=choices >= 0)
+            return classwise_ece_loss(probabilities, right, size)
+        return ece_loss(probabilities, right, size, valid=choices >= 0)
 
 
 @torch.no_grad()
