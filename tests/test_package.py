@@ -65,6 +65,7 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         "levelhead.cli.models",
         "levelhead.cli.progress",
         "levelhead.cli.reading",
+        "levelhead.cli.score.",
         "levelhead.cli.sft.",
         "levelhead.cli.sources",
         "levelhead.cli.temperature.",
@@ -77,7 +78,12 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
 
 @pytest.mark.parametrize(
     ("verb", "extra"),
-    [("demo", "demo"), ("sft tiny rows.jsonl --output trained", "sft"), ("doctor", "cli")],
+    [
+        ("demo", "demo"),
+        ("sft tiny rows.jsonl --output trained", "sft"),
+        ("score tiny rows.jsonl -o scores.parquet", "sft"),
+        ("doctor", "cli"),
+    ],
 )
 def test_a_missing_extra_names_the_command_that_mends_it(
     fresh: Path, verb: str, extra: str

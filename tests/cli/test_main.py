@@ -18,7 +18,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"levelhead {levelhead.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["demo", "sft", "doctor"])
+@pytest.mark.parametrize("verb", ["demo", "sft", "score", "doctor"])
 def test_help_has_an_example(verb, capsys):
     for arguments in (["--help"], [verb, "--help"]):
         with pytest.raises(SystemExit) as exit_:

@@ -1,4 +1,4 @@
-"""The progress bar of verbs that train; needs rich."""
+"""The progress bar of verbs that take long; needs rich."""
 
 from rich.console import Console
 from rich.progress import (
@@ -10,13 +10,13 @@ from rich.progress import (
 )
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar that counts optimiser steps."""
+def progress_bar(console: Console, unit: str = "steps") -> Progress:
+    """A bar that counts optimiser steps, or something else."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         console=console,
     )

@@ -39,6 +39,7 @@ def usable(
     source: object,
     unit: str,
     hint: str,
+    done: str = "trained",
 ) -> Iterator[ParsedT]:
     """Yields every parsed row until one is bad, then only looks for more bad ones.
 
@@ -48,6 +49,7 @@ def usable(
         source: What to call the data in the report.
         unit: What to call a row in the report, "line" or "row".
         hint: How rows should look, the last line of the report.
+        done: What was not done because of bad rows, in the report.
 
     Raises:
         CliError: After the last row, if any was bad: all are counted, the first twenty named.
@@ -67,7 +69,7 @@ def usable(
             "\n".join(
                 [
                     f"{len(bad)} of {number} {unit}s of {source} cannot be used, so nothing was "
-                    "trained:",
+                    f"{done}:",
                     *bad[:_MAX_NAMED],
                     *([f"  and {more} more"] if more > 0 else []),
                     hint,

@@ -1,0 +1,150 @@
+"""`levelhead score`: multiple-choice questions through a model, with all that its confidence may be."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..arguments import count
+from ..errors import missing_extra
+
+_PACKAGES = {"accelerate", "datasets", "jinja2", "pyarrow", "rich", "transformers"}
+_DESCRIPTION = """\
+Asks a causal language model multiple-choice questions and writes down, for each, its answer
+and how sure it was: the largest probability and the largest logit over the whole vocabulary
+where it predicts the letter of its answer, the probability among the letters alone, and the
+entropy. One forward pass a question; the logits are never kept.
+
+The options are shuffled, each question's in the same way for every model.
+"""
+_EPILOG = """\
+examples:
+  levelhead score tiny questions.jsonl -o scores.parquet
+  levelhead score Qwen/Qwen2.5-0.5B-Instruct cais/mmlu --dataset-config all --bf16 -o mmlu.parquet
+  accelerate launch --num_processes 2 -m levelhead score MODEL DATA -o scores.parquet
+
+rows of DATA, one a line in JSON lines, or columns of the same names; the answer is a letter, an
+index from 0 or the text of a choice; "id" and "group" (or "subject") are optional:
+  {"question": "2 + 2?", "choices": ["3", "4"], "answer": "B", "id": "s1", "group": "sums"}
+
+SCORES has a row per question, and the settings as JSON under "levelhead" in the metadata of its
+schema. If any row is bad or longer than the model can read, nothing is scored: all are counted,
+and the first twenty named with the reason. Nothing is ever cut.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds `score` to the verbs of the command."""
+    parser = verbs.add_parser(
+        "score",
+        help="ask a model multiple-choice questions, and write down how sure it was",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
+        "reads bytes, to try the command offline",
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help=".jsonl or .parquet file, or name or folder of a data set for datasets.load_dataset",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="SCORES",
+        help="Parquet file for the results; replaced, once all is done, if it is there",
+    )
+    _add_questions(parser.add_argument_group("questions"))
+    _add_model(parser.add_argument_group("model"))
+    parser.set_defaults(run=run)
+
+
+def _add_questions(group: Any) -> None:
+    group.add_argument(
+        "--phrasing",
+        choices=("first", "second"),
+        default="first",
+        help="which of two ways to ask; the second ends with 'Answer:' (default: %(default)s)",
+    )
+    order = group.add_mutually_exclusive_group()
+    order.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="of the order of the options (default: %(default)s)",
+    )
+    order.add_argument(
+        "--no-shuffle",
+        dest="seed",
+        action="store_const",
+        const=None,
+        help="leave the options in the order of the data",
+    )
+    group.add_argument(
+        "--no-chat-template",
+        action="store_true",
+        help="ask in plain text, even if the tokenizer has a chat template",
+    )
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template for chats, in place of the tokenizer's",
+    )
+    group.add_argument(
+        "--max-length",
+        type=count,
+        metavar="TOKENS",
+        help="refuse questions with longer prompts (default: what the model can read)",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
+    group.add_argument(
+        "--dataset-split",
+        default="test",
+        metavar="NAME",
+        help="of a data set given by name, for example test[:500] (default: %(default)s)",
+    )
+
+
+def _add_model(group: Any) -> None:
+    group.add_argument(
+        "--confidence",
+        choices=("msp", "choice_probability"),
+        default="msp",
+        help="what the column 'confidence' shall be: the largest probability over the whole "
+        "vocabulary, or over the letters alone (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        default=8,
+        metavar="N",
+        help="questions per device and forward pass (default: %(default)s)",
+    )
+    group.add_argument("--bf16", action="store_true", help="load the weights in bfloat16")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model (default: refuse)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Scores.
+
+    Raises:
+        CliError: An optional package is missing, an argument or the data cannot be used, or the
+            model is refused; nothing was written.
+    """
+    try:
+        from .scoring import score
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "sft", _PACKAGES) from error
+    score(arguments)
