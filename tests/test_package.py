@@ -82,6 +82,8 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         ("demo", "demo"),
         ("sft tiny rows.jsonl --output trained", "sft"),
         ("score tiny rows.jsonl -o scores.parquet", "sft"),
+        ("capacity tiny", "sft"),
+        ("temperature tiny rows.jsonl --output calibrated", "sft"),
         ("doctor", "cli"),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops import LogitStats, linear_logit_stats
 from ..ops.checks import is_dtensor
 from .head_stats import find_head
-from .heads import language_model, output_heads, refusal
+from .heads import language_model, output_heads
 from .loss_head import IGNORE_INDEX
 from .probe import HeadTransform, withhold_labels
 
@@ -75,7 +75,10 @@ def output_head(model: nn.Module) -> OutputHead:
     copies = len(found.modules) > 1
     if copies or is_dtensor(head.weight):
         reason = "it has copies of its head" if copies else "its head is a DTensor"
-        raise refusal(found.model, reason, "Merge its adapters, and load it on one device")
+        raise ValueError(
+            f"the hidden states of {type(found.model).__name__} cannot be collected: {reason}. Merge "
+            "its adapters, and load it on one device"
+        )
     size = found.transform.vocab_size
     bias = None if head.bias is None else head.bias[:size]
     return OutputHead(head.weight[:size], bias, found.transform)
@@ -130,7 +133,9 @@ def head_input(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             model(**given)
         except _Reached as reached:
             return reached.hidden
-    raise refusal(inner, "its forward did not call its head", "Pass the model that owns the head")
+    raise ValueError(
+        f"the forward of {type(inner).__name__} did not call its head; pass the model that owns it"
+    )
 
 
 class _Reached(Exception):  # noqa: N818 (no error: the forward has done what it was run for)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .final_norm import FinalNorm, final_norm
-from .heads import language_model, output_heads, refusal
+from .heads import language_model, output_heads
 from .patch import patch_state
 from .probe import HeadTransform, probe_head
 
@@ -54,9 +54,9 @@ def apply_temperature(model: nn.Module, temperature: float) -> Way:
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     inner: Any = language_model(model)
     if patch_state(inner) is not None:
-        raise refusal(inner, "it is patched", "Call unpatch_model first")
+        raise _refusal(inner, "it is patched", "Call unpatch_model first")
     if inner is not model or getattr(inner, "_hf_peft_config_loaded", False):
-        raise refusal(
+        raise _refusal(
             inner,
             "it is wrapped or has adapters, whose checkpoint does not hold the head",
             "Merge the adapters (merge_and_unload) and take the model out of its wrappers",
@@ -84,6 +84,10 @@ def apply_temperature(model: nn.Module, temperature: float) -> Way:
                 return "final_norm"
     _set_generation(inner, temperature)
     return "generation_config"
+
+
+def _refusal(model: nn.Module, reason: str, remedy: str) -> ValueError:
+    return ValueError(f"apply_temperature cannot serve {type(model).__name__}: {reason}. {remedy}.")
 
 
 def _scale_config(model: Any, want: HeadTransform, temperature: float) -> bool:
@@ -164,7 +168,7 @@ def _scale_norm(norm: FinalNorm, temperature: float) -> bool:
 def _set_generation(model: Any, temperature: float) -> None:
     config = getattr(model, "generation_config", None)
     if config is None or config.do_sample is not True:
-        raise refusal(
+        raise _refusal(
             model,
             "neither its config, its head nor its final norm can hold a temperature, and its "
             "generation config does not sample, so that a temperature there means nothing",
