@@ -2,5 +2,14 @@
 
 from .distillation import Distillation, distillation_loss
 from .rcft import CalibrationAware
+from .recalibration import Recalibration, recalibrate, scale_probabilities, smooth_probabilities
 
-__all__ = ["CalibrationAware", "Distillation", "distillation_loss"]
+__all__ = [
+    "CalibrationAware",
+    "Distillation",
+    "Recalibration",
+    "distillation_loss",
+    "recalibrate",
+    "scale_probabilities",
+    "smooth_probabilities",
+]
