@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from levelhead import __version__
 
-from . import capacity, demo, doctor, score, sft, temperature
+from . import capacity, demo, doctor, score, sft, teacher, temperature
 from .errors import CliError
 
-_VERBS = (demo, sft, score, capacity, temperature, doctor)
+_VERBS = (demo, sft, teacher, score, capacity, temperature, doctor)
 _EPILOG = """\
 examples:
   levelhead demo --seeds 1
   levelhead sft tiny questions.jsonl --output run
+  levelhead teacher tiny questions.jsonl -o store
   levelhead score tiny questions.jsonl -o scores.parquet
   levelhead capacity run questions.jsonl
   levelhead temperature run held-out.jsonl --output calibrated

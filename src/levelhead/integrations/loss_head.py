@@ -33,18 +33,8 @@ class Objective(Protocol):
         """What it needs of a batch: names of tensors (B, ...) that the model's forward is given."""
         ...
 
-    def __call__(
-        self,
-        input: Tensor,  # noqa: A002 (torch's argument name)
-        linear_weight: Tensor,
-        target: Tensor,
-        *,
-        linear_bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
-        **columns: Tensor,
-    ) -> Tensor:
-        """The loss of each token, (..., T), for hidden states (..., T, D); 0 where there is none."""
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """The loss of each token, (..., T), 0 where there is none; called as set_objective says."""
         ...
 
 

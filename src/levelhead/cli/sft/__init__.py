@@ -20,6 +20,7 @@ _EPILOG = """\
 examples:
   levelhead sft tiny questions.jsonl --output run --max-steps 20
   levelhead sft Qwen/Qwen2.5-0.5B chats.parquet --output run --bf16 --lora 16
+  levelhead sft MODEL DATA --teacher STORE --output student   (see levelhead teacher)
   accelerate launch --num_processes 2 -m levelhead sft MODEL DATA --output run
   deepspeed --module levelhead sft MODEL DATA --output run --deepspeed zero3.json
 
@@ -96,9 +97,8 @@ def _add_loss(group: Any) -> None:
     group.add_argument(
         "--smoothing",
         type=share,
-        default=0.1,
         metavar="EPS",
-        help="share of probability spread over the vocabulary (default: %(default)s)",
+        help="share of probability spread over the vocabulary (default: 0.1, and with --teacher none)",
     )
     group.add_argument(
         "--softcap",
@@ -112,6 +112,22 @@ def _add_loss(group: Any) -> None:
         default=1.0,
         metavar="T",
         help="train on logits / T, and multiply the loss by T (default: %(default)s)",
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="STORE",
+        help="learn from what `levelhead teacher` stored of these rows, in place of their tokens",
+    )
+    group.add_argument(
+        "--distillation",
+        choices=("renormalised", "full", "other"),
+        help="compare the student's probabilities with the teacher's k: scaled to sum to one over "
+        "them, as they are, or with the rest of the vocabulary as one more (default: renormalised)",
+    )
+    group.add_argument(
+        "--raw-teacher",
+        action="store_true",
+        help="leave the teacher's probabilities as they are, though the store has a recalibration",
     )
 
 

@@ -1,6 +1,7 @@
 """From rows to a memory-mapped table of tokens, made once however many processes train."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -49,7 +50,8 @@ def prepare(
 
     counts = Counts()
     rows = usable(source.rows, parse, source=source.name, unit=source.unit, hint=HINT)
-    kept = _cut(rows, max_length, counts)
+    digest = hashlib.sha256()
+    kept = _digested(_cut(rows, max_length, counts), digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
@@ -62,9 +64,15 @@ def prepare(
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    with path.open("rb") as file:
-        counts.digest = hashlib.file_digest(file, "sha256").hexdigest()
+    counts.digest = digest.hexdigest()
     return counts
+
+
+def _digested(rows: Iterator[Tokens], digest: Any) -> Iterator[Tokens]:
+    """The rows, after each of which the digest has taken it in."""
+    for row in rows:
+        digest.update(array("i", [len(row.input_ids), *row.input_ids, *row.labels]).tobytes())
+        yield row
 
 
 def _cut(rows: Iterator[Tokens], max_length: int, counts: Counts) -> Iterator[Tokens]:

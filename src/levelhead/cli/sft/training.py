@@ -20,12 +20,15 @@ from rich.progress import Progress
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from levelhead import patch_model
+from levelhead.integrations import set_objective
+from levelhead.objectives import Distillation
 
 from ..errors import CliError
 from ..models import load_model, load_tokenizer
 from ..output import make_folder, write_json
 from ..progress import progress_bar
 from ..sources import open_source
+from .distillation import TaughtCollator, TaughtRows, check_vocabulary, open_teacher
 from .preparation import Counts, prepare
 from .report import introduction, notes, summarise, table
 from .tokens import Collator, encode
@@ -43,6 +46,7 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         CliError: An argument or the data cannot be used, or the model is refused; nothing was
             trained.
     """
+    _complete(arguments)
     options = _options(arguments)  # before the model: DeepSpeed must see how it is loaded
     first = options.process_index == 0
     console = Console(quiet=not first)
@@ -55,6 +59,13 @@ def fine_tune(arguments: argparse.Namespace) -> None:
     with console.status("Reading the data"):
         tables, counts = _prepare(arguments, options, tokenizer)
     model = _model(arguments)
+    collator = Collator(tokenizer.pad_token_id or 0)
+    teacher = None
+    if arguments.teacher:
+        teacher = open_teacher(arguments, tokenizer, counts.get("data"))
+        check_vocabulary(teacher, model.get_output_embeddings().out_features)
+        tables["data"] = TaughtRows(tables["data"], teacher, raw=arguments.raw_teacher)
+        collator = TaughtCollator(tokenizer.pad_token_id or 0)
     checkpoint = _last_whole_checkpoint(arguments.output)
     if first:
         write_json(arguments.output / _SETTINGS, _settings(arguments, options, counts))
@@ -62,7 +73,7 @@ def fine_tune(arguments: argparse.Namespace) -> None:
     trainer = _Trainer(
         model=model,
         args=options,
-        data_collator=Collator(tokenizer.pad_token_id or 0),
+        data_collator=collator,
         train_dataset=tables["data"],
         eval_dataset=tables.get("eval"),
         processing_class=tokenizer,
@@ -82,6 +93,24 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         write_json(arguments.output / "summary.json", summary)
         console.print(table(summary), notes(summary), sep="\n")
         console.print(f"Model: [bold]{escape(str(arguments.output))}[/]", soft_wrap=True)
+
+
+def _complete(arguments: argparse.Namespace) -> None:
+    """Refuses options that do not go together; sets those whose default depends on others."""
+    if arguments.teacher is None:
+        if arguments.distillation or arguments.raw_teacher:
+            raise CliError("--distillation and --raw-teacher need --teacher STORE")
+        if arguments.smoothing is None:
+            arguments.smoothing = 0.1
+    else:
+        if arguments.smoothing is not None:
+            raise CliError(
+                "--smoothing smooths the tokens of the data, which --teacher replaces by what the "
+                "teacher finds likely; leave one of them out (`levelhead teacher --recalibrate "
+                "smoothing` smooths the teacher)"
+            )
+        arguments.smoothing = 0.0
+        arguments.distillation = arguments.distillation or "renormalised"
 
 
 def _options(arguments: argparse.Namespace) -> TrainingArguments:
@@ -105,6 +134,7 @@ def _options(arguments: argparse.Namespace) -> TrainingArguments:
             eval_strategy="epoch" if arguments.eval else "no",
             eval_on_start=bool(arguments.eval),
             prediction_loss_only=True,
+            remove_unused_columns=False,  # the teacher's, which no signature names
             save_strategy="steps",
             save_steps=arguments.save_steps,
             save_total_limit=2,
@@ -162,14 +192,14 @@ def _checkpointing(on: bool) -> dict[str, Any]:
 
 def _prepare(
     arguments: argparse.Namespace, options: TrainingArguments, tokenizer: Any
-) -> tuple[dict[str, Dataset], dict[str, Counts]]:
+) -> tuple[dict[str, Any], dict[str, Counts]]:
     """The tables "data" and, if asked for, "eval"; what is in them is known to one process a node."""
     folder = arguments.output / f"{_TOKENS}{platform.node()}"
     sources = {"data": (arguments.data, arguments.dataset_split)}
     if arguments.eval:
         sources["eval"] = (arguments.eval, arguments.eval_split)
     counts: dict[str, Counts] = {}
-    tables: dict[str, Dataset] = {}
+    tables: dict[str, Any] = {}
     try:
         with options.main_process_first(desc="preparing the data"):
             if options.process_index == 0:
@@ -264,6 +294,8 @@ def _model(arguments: argparse.Namespace) -> Any:
             softcap=arguments.softcap,
             eval_logits=False,
         )
+        if arguments.teacher:
+            set_objective(model, Distillation(arguments.distillation))
         if arguments.lora is None:
             return model
         return get_peft_model(
