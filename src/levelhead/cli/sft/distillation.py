@@ -60,35 +60,30 @@ def _aligned(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, log_probs
 
 
-def open_teacher(
-    arguments: argparse.Namespace, tokenizer: Any, counts: Counts | None
-) -> TeacherStore:
-    """The store of --teacher, if it was made for these rows and this tokenizer.
+def check_teacher(arguments: argparse.Namespace, tokenizer: Any, counts: Counts) -> None:
+    """Refuses a store that was not made for these rows and this tokenizer; reads all of it once.
 
     Args:
         arguments: The command line.
         tokenizer: The student's.
-        counts: What became of the rows, in the process that prepared them, which also reads all of
-            the store once to see that it is whole; None in others.
+        counts: What became of the rows.
 
     Raises:
         CliError: It was not, or cannot be used.
     """
-    store = TeacherStore(Path(arguments.teacher), check=counts is not None)
-    made = store.manifest
+    made = TeacherStore(Path(arguments.teacher)).manifest
     if made["vocabulary"] != vocabulary_digest(tokenizer):
         raise CliError(
             f"the tokenizer of {arguments.model} is not that of the teacher {made['model']}, so their "
             "token ids mean different tokens; distil into a student with the teacher's tokenizer"
         )
-    if counts is not None and made["tokens"] != counts.digest:
+    if made["tokens"] != counts.digest:
         raise CliError(
             f"{arguments.teacher} was made for other tokens: {made['rows']:,} rows of {made['data']} "
             f"with --max-length {made['max_length']}, and these are {counts.rows:,} rows of "
             f"{arguments.data} with --max-length {arguments.max_length}. Data, --max-length and "
             "--chat-template must be those of `levelhead teacher`"
         )
-    return store
 
 
 def check_vocabulary(store: TeacherStore, entries: int) -> None:

@@ -130,7 +130,11 @@ def table(summary: dict[str, Any]) -> Table:
     dense, ours = logits["dense_bytes"], logits["levelhead_bytes"]
     title = f"{summary['steps']:,} steps, {summary['epochs']:.3g} epochs"
     view = Table(title=title, title_justify="left", show_header=False)
-    view.add_row("training loss, smoothed (nats)", _change(summary["loss"]))
+    taught = summary["settings"].get("teacher")
+    label = (
+        "training loss, KL to the teacher (nats)" if taught else "training loss, smoothed (nats)"
+    )
+    view.add_row(label, _change(summary["loss"]))
     view.add_row("evaluation loss (nats)", _change(summary["eval_loss"]))
     view.add_row("tokens", f"{summary['tokens']:,}")
     view.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")

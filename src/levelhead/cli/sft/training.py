@@ -28,7 +28,8 @@ from ..models import load_model, load_tokenizer
 from ..output import make_folder, write_json
 from ..progress import progress_bar
 from ..sources import open_source
-from .distillation import TaughtCollator, TaughtRows, check_vocabulary, open_teacher
+from ..teacher.store import TeacherStore
+from .distillation import TaughtCollator, TaughtRows, check_teacher, check_vocabulary
 from .preparation import Counts, prepare
 from .report import introduction, notes, summarise, table
 from .tokens import Collator, encode
@@ -60,9 +61,8 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         tables, counts = _prepare(arguments, options, tokenizer)
     model = _model(arguments)
     collator = Collator(tokenizer.pad_token_id or 0)
-    teacher = None
     if arguments.teacher:
-        teacher = open_teacher(arguments, tokenizer, counts.get("data"))
+        teacher = TeacherStore(Path(arguments.teacher), check=False)
         check_vocabulary(teacher, model.get_output_embeddings().out_features)
         tables["data"] = TaughtRows(tables["data"], teacher, raw=arguments.raw_teacher)
         collator = TaughtCollator(tokenizer.pad_token_id or 0)
@@ -212,6 +212,8 @@ def _prepare(
                         max_length=arguments.max_length,
                         path=folder / name,
                     )
+                if arguments.teacher:
+                    check_teacher(arguments, tokenizer, counts["data"])
             if options.process_index == 0:
                 _check_settings(arguments.output, _settings(arguments, options, counts))
         if not all((folder / name).exists() for name in sources):

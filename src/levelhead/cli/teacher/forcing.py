@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from levelhead.integrations.forced import ForcedDecoder
+from levelhead.integrations.hidden import head_input, output_head
+from levelhead.ops import linear_topk
 
 from ..errors import CliError
 from ..sft.tokens import IGNORE_INDEX, Collator
@@ -13,22 +14,37 @@ from .store import Forced, Row
 
 
 class Forcing:
-    """Reads rows of a table of Tokens, a batch at a time.
+    """Reads rows of a table of Tokens, a batch at a time; no logits are kept.
 
     Args:
-        decoder: The teacher.
+        model: The teacher.
+        k: How many of its largest probabilities to keep at each position.
         collator: Makes a batch of rows.
         batch_size: Rows of a batch.
-        device: Of the teacher.
+
+    Raises:
+        CliError: The model is no causal language model with a plain head, or `k` is more than it
+            has tokens.
     """
 
-    def __init__(
-        self, decoder: ForcedDecoder, collator: Collator, batch_size: int, device: torch.device
-    ) -> None:
-        self._decoder = decoder
+    def __init__(self, model: Any, k: int, collator: Collator, batch_size: int) -> None:
+        try:
+            self._head = output_head(model)
+        except ValueError as error:
+            raise CliError(str(error)) from error
+        if not self._head.transform.shift:
+            raise CliError(
+                f"{type(model).__name__} predicts the label of a position at that position; a "
+                "teacher must be a causal language model"
+            )
+        if k > len(self._head.weight):
+            raise CliError(
+                f"--top-k {k} is more than the teacher's {len(self._head.weight)} tokens"
+            )
+        self._model = model
+        self._k = k
         self._collator = collator
         self._batch_size = batch_size
-        self._device = device
 
     def __call__(self, table: Any, numbers: Sequence[int]) -> Iterator[list[Forced]]:
         """Batches of what the teacher says to the rows of `table` with these numbers, in their order.
@@ -44,8 +60,16 @@ class Forcing:
         batch = self._collator(rows)
         target = batch["labels"][:, 1:]
         counts = target != IGNORE_INDEX
-        inputs = (batch["input_ids"], batch["attention_mask"], counts)
-        top = self._decoder(*(tensor.to(self._device) for tensor in inputs))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        hidden = head_input(self._model, inputs)[:, :-1]
+        top = linear_topk(
+            hidden[counts.to(hidden.device)],
+            self._head.weight,
+            self._k,
+            linear_bias=self._head.bias,
+            softcap=self._head.transform.softcap,
+            logit_scale=self._head.transform.logit_scale,
+        )
         found, likely = top.indices.cpu(), top.log_probs.float().cpu()
         correct = found[:, 0] == target[counts]
         sizes = counts.sum(1).tolist()

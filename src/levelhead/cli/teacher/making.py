@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 
 import levelhead
-from levelhead.integrations.forced import ForcedDecoder
 from levelhead.objectives import recalibrate
 
 from ..errors import CliError
@@ -47,6 +46,8 @@ def make_store(arguments: argparse.Namespace) -> None:
         CliError: An argument or the data cannot be used, the model is refused, or the store was
             begun with other settings.
     """
+    if arguments.validation and arguments.top_k < 2:
+        raise CliError("one probability leaves nothing to recalibrate; use --top-k 2 or more")
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     console = Console(quiet=rank != 0)
     tokenizer = load_tokenizer(
@@ -150,17 +151,8 @@ def _forcing(arguments: argparse.Namespace, tokenizer: Any) -> Forcing:
         torch.bfloat16 if arguments.bf16 else torch.float32,
         trust_remote_code=arguments.trust_remote_code,
     )
-    try:
-        decoder = ForcedDecoder(model.to(device), arguments.top_k)
-    except ValueError as error:
-        raise CliError(str(error)) from error
-    if arguments.top_k > decoder.vocabulary:
-        raise CliError(
-            f"--top-k {arguments.top_k} is more than the {decoder.vocabulary} tokens of the teacher"
-        )
-    if arguments.validation and arguments.top_k < 2:
-        raise CliError("one probability leaves nothing to recalibrate; use --top-k 2 or more")
-    return Forcing(decoder, Collator(tokenizer.pad_token_id or 0), arguments.batch_size, device)
+    collator = Collator(tokenizer.pad_token_id or 0)
+    return Forcing(model.to(device), arguments.top_k, collator, arguments.batch_size)
 
 
 def _recalibrate(arguments: argparse.Namespace, force: Forcing, data: Dataset) -> None:

@@ -33,7 +33,13 @@ def notes(manifest: dict[str, Any]) -> str:
     if found is None:
         return "Not recalibrated; the same command with --validation DATA does it."
     curve = "  ".join(f"{value:.2f}: {error:.4f}" for value, error in found["curve"])
+    worse = found["ece_after"] >= found["ece_before"]
     return (
         "The calibration error is the expected one of the most likely token, in 10 bins of equal "
         f"width. For each {found['method']} that was tried:\n{curve}"
+        + (
+            "\nNone is better than the teacher's own probabilities: use sft --raw-teacher."
+            if worse
+            else ""
+        )
     )
