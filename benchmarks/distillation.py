@@ -2,9 +2,9 @@
 
 What it costs: time and peak memory of the loss and its backward, fused and from dense logits. What it does: small
 teachers and students trained here, several seeds, on the demo's data (names of Unicode characters and their
-categories). Students of one size and seed have the same start and the same batches, and differ in their targets alone. A student
-starts from random weights, so under "renormalised", which says nothing about other tokens, it never learns to leave them
-out; a pretrained one knows.
+categories). Students of one size and seed have the same start and the same batches, and differ in their targets alone.
+A student starts from random weights, so under "renormalised", which says nothing about other tokens, it never learns to
+leave them out; a pretrained one knows.
 """
 
 import json
