@@ -68,6 +68,7 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         "levelhead.cli.score.",
         "levelhead.cli.sft.",
         "levelhead.cli.sources",
+        "levelhead.cli.teacher.",
         "levelhead.cli.temperature.",
         "levelhead.integrations.transformers",
     )

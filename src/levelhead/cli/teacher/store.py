@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -100,12 +99,13 @@ def write_shard(folder: Path, number: int, batches: Iterable[list[Forced]]) -> N
 
 
 def _record_batch(rows: list[Row]) -> Any:
-    offsets = np.cumsum([0, *(row.ids.numel() for row in rows)], dtype=np.int32)
+    ends = torch.tensor([0, *(row.ids.numel() for row in rows)]).cumsum(0)
     columns = (
-        np.concatenate([row.ids.flatten().numpy() for row in rows]).astype(np.uint32),
-        np.concatenate([row.log_probs.flatten().numpy() for row in rows]).astype(np.float16),
+        torch.cat([row.ids.flatten() for row in rows]).to(torch.uint32),
+        torch.cat([row.log_probs.flatten() for row in rows]).to(torch.float16),
     )
-    arrays = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(column)) for column in columns]
+    offsets = pa.array(ends.to(torch.int32).numpy())
+    arrays = [pa.ListArray.from_arrays(offsets, pa.array(column.numpy())) for column in columns]
     return pa.record_batch(arrays, schema=_SCHEMA)
 
 
@@ -164,8 +164,8 @@ class TeacherStore:
         table, row = self._tables[number // ROWS], number % ROWS
         ids, log_probs = (table[name][row].values.to_numpy() for name in _SCHEMA.names)
         return Row(
-            torch.from_numpy(ids.astype(np.int64)).view(-1, self.k),
-            torch.from_numpy(log_probs.astype(np.float32)).view(-1, self.k),
+            torch.from_numpy(ids.astype("int64")).view(-1, self.k),
+            torch.from_numpy(log_probs.astype("float32")).view(-1, self.k),
         )
 
     @property
