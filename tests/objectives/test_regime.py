@@ -44,8 +44,8 @@ def test_the_interval_is_wilsons(n: int, data: st.DataObject) -> None:
 def test_the_regime_is_told_from_the_whole_interval(critical, regime, method, text) -> None:
     found = calibration_regime([0.9] * 100, [1] * 60 + [0] * 40, critical_accuracy=critical)
     assert (found.regime, found.method) == (regime, method)
-    assert text in str(found)
-    assert "over-confident by 0.300" in str(found)
+    assert text in found.verdict
+    assert "over-confident by 0.300" in found.numbers
 
 
 def test_no_model_is_more_accurate_than_the_truth_on_new_labels() -> None:

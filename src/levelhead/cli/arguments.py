@@ -24,6 +24,14 @@ def positive(text: str) -> float:
     return value
 
 
+def weight(text: str) -> float:
+    """A finite number from 0 on."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
+    return value
+
+
 def count(text: str) -> int:
     """A whole number from 1 on."""
     value = int(text) if text.isdecimal() else 0

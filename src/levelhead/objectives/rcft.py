@@ -115,6 +115,7 @@ def choice_logits(
 
     The model answers in eval mode, as it will be used. It may be wrapped (DDP, FSDP, DeepSpeed): then
     every rank takes its own batches, as many as the others, and each question is in one of them at least.
+    A batch of B takes the memory of logits (B, B, V), those of each question at the positions of all.
 
     Args:
         model: the model, or its wrapper; left in the mode it was in.

@@ -51,15 +51,20 @@ class Regime:
         """What the paper would fine-tune with: RCFT above a*, CFT otherwise, which it begins with."""
         return "rcft" if self.regime == "non-calibratable" else "cft"
 
-    def __str__(self) -> str:
-        """A few lines of text."""
+    @property
+    def numbers(self) -> str:
+        """Accuracy, confidence and errors, on one line."""
         over = "over" if self.confidence > self.accuracy else "under"
         return (
             f"accuracy {self.accuracy:.3f} ({self.accuracy_low:.3f} to {self.accuracy_high:.3f}), mean "
             f"confidence {self.confidence:.3f}: {over}-confident by {self.least_ece:.3f}, the least that "
-            f"the ECE can be; ECE {self.ece:.3f}, RMS {self.rms:.3f}, largest {self.mce:.3f}\n"
-            f"{self.regime}: {self._reason()}"
+            f"the ECE can be; ECE {self.ece:.3f}, RMS {self.rms:.3f}, largest {self.mce:.3f}"
         )
+
+    @property
+    def verdict(self) -> str:
+        """The regime, why, and what the paper would do, on one line."""
+        return f"{self.regime}: {self._reason()}"
 
     def _reason(self) -> str:
         if self.critical_accuracy is None:

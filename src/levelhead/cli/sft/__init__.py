@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import count, positive, share
+from ..arguments import count, positive, share, weight
 from ..errors import missing_extra
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
@@ -23,10 +23,13 @@ examples:
   levelhead sft MODEL DATA --teacher STORE --output student   (see levelhead teacher)
   accelerate launch --num_processes 2 -m levelhead sft MODEL DATA --output run
   deepspeed --module levelhead sft MODEL DATA --output run --deepspeed zero3.json
+  levelhead sft MODEL QUESTIONS --calibration-aware rcft --output calibrated
 
 rows of DATA, one a line in JSON lines, or columns of the same names:
   {"prompt": "the capital of France is", "completion": " Paris"}
   {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+rows of QUESTIONS, for --calibration-aware; the answer is a letter, an index from 0 or a choice:
+  {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "B"}
 
 DIR receives the model, its tokenizer, summary.json and checkpoints. If any row is bad,
 nothing is trained: all are counted, and the first twenty named with the reason.
@@ -58,6 +61,7 @@ def add_parser(verbs: Any) -> None:
     )
     _add_data(parser.add_argument_group("data"))
     _add_loss(parser.add_argument_group("loss"))
+    _add_calibration(parser.add_argument_group("calibration-aware fine-tuning"))
     _add_training(parser.add_argument_group("training"))
     parser.set_defaults(run=run)
 
@@ -98,7 +102,8 @@ def _add_loss(group: Any) -> None:
         "--smoothing",
         type=share,
         metavar="EPS",
-        help="share of probability spread over the vocabulary (default: 0.1, and with --teacher none)",
+        help="share of probability spread over the vocabulary (default: 0.1; none with --teacher "
+        "or --calibration-aware)",
     )
     group.add_argument(
         "--softcap",
@@ -129,6 +134,54 @@ def _add_loss(group: Any) -> None:
         action="store_true",
         help="leave the teacher's probabilities as they are, though the store has a recalibration",
     )
+
+
+def _add_calibration(group: Any) -> None:
+    group.add_argument(
+        "--calibration-aware",
+        choices=("cft", "rcft"),
+        help="restore the calibration of an aligned model on multiple-choice questions (Xiao et al. "
+        "2025, https://arxiv.org/abs/2505.01997). cft: learn the letter of the answer alone. rcft: "
+        "learn every token, with a regulariser of the calibration error",
+    )
+    group.add_argument(
+        "--ece",
+        choices=("confidence", "classwise"),
+        help="rcft: whose calibration error the regulariser is of, the answer's or each choice's "
+        "(default: confidence)",
+    )
+    group.add_argument(
+        "--ece-weight",
+        type=weight,
+        metavar="LAMBDA",
+        help="rcft: weight of the regulariser (default: 1)",
+    )
+    group.add_argument(
+        "--em-refresh",
+        type=_refresh,
+        metavar="WHEN",
+        help="rcft: when the accuracies of the bins of confidence are estimated again, on all "
+        "training questions: once, epoch, or a number of steps (default: epoch)",
+    )
+    group.add_argument(
+        "--critical-accuracy",
+        type=share,
+        metavar="A",
+        help="the mean largest probability of the true answers, if it is known, for the report: "
+        "whether the model can be calibrated without losing accuracy",
+    )
+
+
+def _refresh(text: str) -> str | int:
+    """When E-steps are due."""
+    if text in ("once", "epoch"):
+        return text
+    try:
+        return count(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be once, epoch or a number of steps from 1 on, got {text!r}"
+        ) from None
 
 
 def _add_training(group: Any) -> None:

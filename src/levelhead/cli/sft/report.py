@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import levelhead
+from levelhead.objectives.regime import Regime
 from levelhead.ops.chunked import buffer_budget
 
 from .preparation import Counts
@@ -130,10 +131,11 @@ def table(summary: dict[str, Any]) -> Table:
     dense, ours = logits["dense_bytes"], logits["levelhead_bytes"]
     title = f"{summary['steps']:,} steps, {summary['epochs']:.3g} epochs"
     view = Table(title=title, title_justify="left", show_header=False)
-    taught = summary["settings"].get("teacher")
-    label = (
-        "training loss, KL to the teacher (nats)" if taught else "training loss, smoothed (nats)"
-    )
+    label = "training loss, smoothed (nats)"
+    if summary["settings"].get("teacher"):
+        label = "training loss, KL to the teacher (nats)"
+    if summary["settings"].get("calibration_aware") == "rcft":
+        label = "training loss with regulariser"
     view.add_row(label, _change(summary["loss"]))
     view.add_row("evaluation loss (nats)", _change(summary["eval_loss"]))
     view.add_row("tokens", f"{summary['tokens']:,}")
@@ -143,6 +145,19 @@ def table(summary: dict[str, Any]) -> Table:
     view.add_row("with levelhead, at most (MiB)", f"{ours / _MIB:,.1f}")
     view.add_row("saved (MiB)", f"{(dense - ours) / _MIB:,.1f}")
     return view
+
+
+def calibration(regimes: dict[str, Regime]) -> str:
+    """Accuracy and confidence of what was asked when, and what follows from it."""
+    lines = ["", "Calibration (95% interval of the accuracy)"]
+    for name, regime in regimes.items():
+        lines.append(f"  {name}: {regime.numbers}")
+    verdicts = dict.fromkeys(regime.verdict for regime in regimes.values())
+    if len(verdicts) == 1:
+        lines.append(f"  {next(iter(verdicts))}")
+    else:
+        lines += [f"  {name}: {regime.verdict}" for name, regime in regimes.items()]
+    return "\n".join(lines) + "\n"
 
 
 def notes(summary: dict[str, Any]) -> str:

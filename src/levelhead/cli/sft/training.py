@@ -6,7 +6,9 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ from ..output import make_folder, write_json
 from ..progress import progress_bar
 from ..sources import open_source
 from ..teacher.store import TeacherStore
+from .calibration import Expectation, complete
 from .distillation import TaughtCollator, TaughtRows, check_teacher, check_vocabulary
-from .preparation import Counts, prepare
-from .report import introduction, notes, summarise, table
+from .preparation import EXAMPLES, Counts, prepare
+from .questions import QUESTIONS, QuestionCollator, question_encoder
+from .report import calibration, introduction, notes, summarise, table
 from .tokens import Collator, encode
 
 _WHOLE = "whole"  # the file that marks a checkpoint whose writing came to its end
@@ -66,6 +70,12 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         check_vocabulary(teacher, model.get_output_embeddings().out_features)
         tables["data"] = TaughtRows(tables["data"], teacher, raw=arguments.raw_teacher)
         collator = TaughtCollator(tokenizer.pad_token_id or 0)
+    expectation = None
+    if arguments.calibration_aware:
+        expectation = Expectation(arguments, tables)
+        expectation.set_objective(model)
+        tables["data"] = expectation.questions["data"]
+        collator = QuestionCollator(tokenizer.pad_token_id or 0, expectation.width)
     checkpoint = _last_whole_checkpoint(arguments.output)
     if first:
         write_json(arguments.output / _SETTINGS, _settings(arguments, options, counts))
@@ -77,8 +87,9 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         train_dataset=tables["data"],
         eval_dataset=tables.get("eval"),
         processing_class=tokenizer,
-        callbacks=[_MarkWhole()],
+        callbacks=[*([expectation] if expectation else []), _MarkWhole()],
     )
+    trainer.expectation = expectation
     trainer.remove_callback(PrinterCallback)
     with progress_bar(console) as progress:
         show = _Show(progress)
@@ -87,16 +98,21 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.perf_counter() - began
     trainer.save_model()
+    regimes = expectation.regimes(trainer) if expectation else {}
     if first:
         tokens = trainer.state.num_input_tokens_seen - show.tokens_before
         summary = summarise(arguments, trainer, counts, trainer.positions, tokens, seconds)
+        summary |= {"regimes": {name: asdict(regime) for name, regime in regimes.items()}}
         write_json(arguments.output / "summary.json", summary)
         console.print(table(summary), notes(summary), sep="\n")
+        if regimes:
+            console.print(calibration(regimes), soft_wrap=True)
         console.print(f"Model: [bold]{escape(str(arguments.output))}[/]", soft_wrap=True)
 
 
 def _complete(arguments: argparse.Namespace) -> None:
     """Refuses options that do not go together; sets those whose default depends on others."""
+    complete(arguments)
     if arguments.teacher is None:
         if arguments.distillation or arguments.raw_teacher:
             raise CliError("--distillation and --raw-teacher need --teacher STORE")
@@ -134,7 +150,7 @@ def _options(arguments: argparse.Namespace) -> TrainingArguments:
             eval_strategy="epoch" if arguments.eval else "no",
             eval_on_start=bool(arguments.eval),
             prediction_loss_only=True,
-            remove_unused_columns=False,  # the teacher's, which no signature names
+            remove_unused_columns=False,  # those of objectives, which no signature names
             save_strategy="steps",
             save_steps=arguments.save_steps,
             save_total_limit=2,
@@ -208,9 +224,10 @@ def _prepare(
                 for name, (data, split) in sources.items():
                     counts[name] = prepare(
                         open_source(data, arguments.dataset_config, split),
-                        lambda example: encode(example, tokenizer),
+                        _encoder(arguments, tokenizer, name),
                         max_length=arguments.max_length,
                         path=folder / name,
+                        kind=QUESTIONS if arguments.calibration_aware else EXAMPLES,
                     )
                 if arguments.teacher:
                     check_teacher(arguments, tokenizer, counts["data"])
@@ -228,6 +245,14 @@ def _prepare(
             with suppress(OSError):
                 arguments.output.rmdir()  # if nothing else is in it
     return tables, counts
+
+
+def _encoder(arguments: argparse.Namespace, tokenizer: Any, name: str) -> Callable[[Any], Any]:
+    """What makes tokens of the rows of "data" or of "eval"."""
+    if not arguments.calibration_aware:
+        return lambda example: encode(example, tokenizer)
+    letters_alone = name == "eval" or arguments.calibration_aware == "cft"
+    return question_encoder(tokenizer, completion_only=letters_alone)
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
@@ -317,10 +342,13 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """Trainer that remembers the largest batch it trained on."""
 
     positions = 0
+    expectation: Expectation | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """One forward and backward pass."""
         self.positions = max(self.positions, inputs["input_ids"].numel())
+        if self.expectation is not None:
+            inputs = self.expectation.inputs(self, model, inputs)
         return super().training_step(model, inputs, *rest, **options)
 
 
