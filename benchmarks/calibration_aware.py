@@ -245,6 +245,7 @@ def align(
             train_dataset=data,
             processing_class=tokenizer,
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     aligned = copy.deepcopy(model)  # without what trainers leave on a model
     aligned.load_state_dict(trainer.model.state_dict())
