@@ -212,7 +212,7 @@ def draw(rows: list[Row]) -> None:
         _points(axes, cells(rows), metric)
         axes.set_title(label, loc="left", fontsize=10)
         axes.set_xlabel("margin the head can reach / margin of the smoothed optimum", fontsize=9)
-    left.legend(frameon=False, fontsize=9, loc="lower left")
+    left.legend(edgecolor="none", framealpha=1, fontsize=9, loc="lower left")
     figure.savefig(RESULTS / "large_vocabulary.png")
 
 
