@@ -50,7 +50,7 @@ has-gpu:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[demo,sft,report,trl,deepspeed]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --group bench --editable '.[demo,sft,report,trl,deepspeed]'
 	@touch $@
 
 clean:

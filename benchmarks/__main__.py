@@ -1,80 +1,135 @@
-"""Times and peak memory of every method on every case, paired: `python -m benchmarks`.
+"""The CPU benchmark: `make bench`, `python -m benchmarks`. Everything that a user could pick, side by side.
 
-Correctness first: a method whose loss or gradients differ from the dense ones is a row without times. The methods
-take turns, so that a machine's bad minute hits all of them. Memory is the peak beyond inputs and gradients.
+Writes results/cpu.json after every group of cases, and prints the verdicts on the targets (targets.py). It ends in
+time: what ten minutes do not hold is a row that says so. How it measures: measure.py.
 """
 
-import json
-import multiprocessing
+import argparse
+import sys
+import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import track
+from . import training
+from .measure import RESULTS, CpuClock, Group, Row, line, measure, unmeasured, write
+from .methods import CHUNKED, COMPILED, CPU_METHODS, CPU_STATISTICS, DENSE, OURS, STATISTICS
+from .shapes import OVER_TOKENS, OVER_VOCABULARY, SHAPES
+from .step import Case, machine
+from .targets import cpu_verdicts, said
+from .training import Training
 
-from .methods import METHODS
-from .step import Case, Step, extra_bytes, machine, quantiles
-
-RESULTS = Path(__file__).parent / "results"
-ROUNDS = 7
-
-
-CASES = [
-    Case(),
-    Case(eps=0.0),
-    Case(mode="frozen head"),
-    Case(mode="forward"),
-]
+# Of the ten minutes of `make bench`; the demo takes more than one of them.
+SECONDS = 430
+TOKENS = 512
+VOCABULARIES, SEQUENCES = (16384, 65536, 262144), (128, 512, 2048)
+TINY = {"n": 96, "d": 16, "v": 640}
 
 
-def check(step: Step, truth: Step) -> str | None:
-    """Return why a method is not comparable, None if it is."""
-    # Float32 sums over the vocabulary and over tokens, in other orders: a few hundred roundings at most.
+def plan() -> list[Group]:
+    """Return what is measured together, the most important first."""
+
+    def some(*names: str) -> Any:
+        return {name: CPU_METHODS[name] for name in names}
+
+    def at(
+        shape: str, *smoothings: float, n: int = TOKENS, **options: Any
+    ) -> tuple[str, list[Case]]:
+        v, d = SHAPES[shape]
+        return shape, [Case(n, d, v, eps, **options) for eps in smoothings]
+
+    interpreted = [
+        name for name in CPU_METHODS if "compile" not in name
+    ]  # a minute of compiler saved
+    return [
+        (*at("GPT-2", 0.1, 0.0), CPU_METHODS),
+        (*at("Qwen2.5 0.5B", 0.1, 0.0), some(DENSE, OURS)),
+        (*at("GPT-2", 0.1, mode="frozen head"), some(DENSE, COMPILED, OURS)),
+        (*at("GPT-2", 0.1, mode="forward"), some(DENSE, COMPILED, OURS)),
+        (*at("GPT-2", 0.0, mode=STATISTICS), CPU_STATISTICS),
+        *(
+            (
+                OVER_VOCABULARY,
+                [Case(TOKENS, 128, v, eps) for eps in (0.1, 0.0)],
+                some(DENSE, CHUNKED, OURS),
+            )
+            for v in VOCABULARIES
+        ),
+        *((OVER_TOKENS, [Case(n, 256, 50257)], some(DENSE, OURS)) for n in SEQUENCES),
+        (*at("GPT-2", 0.1, 0.0, dtype="bfloat16", n=256), some(*interpreted)),
+    ]
+
+
+def tiny(groups: list[Group]) -> list[Group]:
+    """Return the same in sizes that take no time, to see whether everything runs."""
+
+    def smaller(shape: str, case: Case) -> Case:
+        sizes = dict(TINY)
+        if shape == OVER_VOCABULARY:
+            sizes["v"] = case.v // 64
+        if shape == OVER_TOKENS:
+            sizes["n"] = case.n // 8
+        return replace(case, **sizes)
+
+    return [
+        (shape, [smaller(shape, case) for case in cases], methods)
+        for shape, cases, methods in groups
+    ]
+
+
+def run(groups: list[Group], trained: Training, path: Path, seconds: float) -> Row:
+    """Measure groups and training steps for as long as the time allows, write and return the results."""
+    start, clock = time.perf_counter(), CpuClock()
+    results: Row = {"machine": machine(), "rows": [], "training": [], "verdicts": []}
+
+    def keep(**found: list[Row]) -> None:
+        for name, rows in found.items():
+            results[name] += rows
+        results["verdicts"] = cpu_verdicts(results["rows"])
+        results["machine"]["seconds"] = round(time.perf_counter() - start, 1)
+        write(path, results)
+
     try:
-        torch.testing.assert_close(step(), truth(), rtol=1e-5, atol=1e-6)
-        for got, want in zip(step.gradients(), truth.gradients(), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+        for index, group in enumerate(groups):
+            if time.perf_counter() - start < seconds:
+                rows = measure(*group, clock)
+            else:
+                late = {"failure": f"not measured: the {seconds:g} seconds were over"}
+                rows = [row | late for row in unmeasured(*group)]
+            print("\n".join(map(line, rows)), flush=True)
+            keep(rows=rows)
+            if index == 0:  # next in importance
+                keep(training=training.measure(trained, clock))
+    finally:
+        clock.close()
+    return results
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
-    """Return a row for every method."""
-    truth = Step(case, METHODS["F.cross_entropy"])
-    steps = {name: Step(case, loss) for name, loss in METHODS.items()}
-    failures = {name: check(step, truth) for name, step in steps.items()}
-    sound = {name: step for name, step in steps.items() if failures[name] is None}
-    times: dict[str, list[float]] = {name: [] for name in sound}
-    for _ in range(ROUNDS):
-        for name, step in sound.items():
-            times[name].append(step.seconds())
-    rows = []
-    for name in METHODS:
-        row: dict[str, Any] = {"method": name, **asdict(case)}
-        if name in sound:
-            row |= quantiles(times[name])
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-                row["extra_bytes"] = child.submit(extra_bytes, case, name).result()
-        else:
-            row["failure"] = failures[name]
-        rows.append(row)
-    return rows
-
-
-def main() -> None:
-    """Measure every case and write results/cpu.json."""
-    warnings.filterwarnings(
-        "ignore", message=".*options.* ignored.*"
-    )  # torch_chunked, with smoothing
-    rows = [row for case in track(CASES, "measuring") for row in measure(case)]
-    path = RESULTS / "cpu.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    print(f"{path}\nnow: python -m benchmarks.render")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the verdicts and write cpu.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes that take no time; needs --output"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of cpu.json")
+    options = parser.parse_args(arguments)
+    if options.tiny and options.output == RESULTS:
+        parser.error("--tiny measures nothing that anybody should keep: give it another --output")
+    # Compilers deprecate each other's parts; what methods say for their users is kept in the rows.
+    warnings.simplefilter("ignore")
+    groups, trained = plan(), Training()
+    if options.tiny:
+        groups, trained = tiny(groups), Training(v=640, d=16, n=64, longest=128)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "cpu.json"
+    results = run(groups, trained, path, SECONDS)
+    for verdict in results["verdicts"]:
+        print(said(verdict))
+    print(f"{path}, {results['machine']['seconds']:.0f} s\nnow: python -m benchmarks.render")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .methods import STATISTICS
 from .step import Step
 
 _SLICE = 512  # tokens whose float64 logits stand at a time: 1 GB at V = 256000
@@ -18,13 +19,21 @@ def exact(step: Step) -> list[Tensor]:
     slices = (tensor.split(_SLICE) for tensor in (x, step.target, upstream))
     for tokens, target, gradient in zip(*slices, strict=True):
         logits = F.linear(tokens, weight)
+        if step.case.mode == STATISTICS:
+            log_p = logits.log_softmax(1)
+            nll = F.nll_loss(log_p, target, reduction="none")
+            losses.append(torch.stack([nll, -(log_p.exp() * log_p).sum(1)]))
+            continue
         loss = F.cross_entropy(logits, target, label_smoothing=step.case.eps, reduction="none")
         if loss.requires_grad:
             loss.backward(gradient)
         losses.append(loss.detach())
-    loss = torch.cat(losses)
-    loss = loss.mean() if step.upstream is None else loss
-    return [loss, *(t.grad for t in (x, weight) if t.grad is not None)]
+    loss = torch.cat(losses, dim=-1)
+    mean_of_tokens = step.upstream is None and step.case.mode != STATISTICS
+    return [
+        loss.mean() if mean_of_tokens else loss,
+        *(t.grad for t in (x, weight) if t.grad is not None),
+    ]
 
 
 class Gate:
@@ -45,14 +54,19 @@ class Gate:
         of_logits = torch.finfo(step.x.dtype).eps / tokens**0.5
         self.of_loss = of_logits + 16 * torch.finfo(torch.float32).eps
 
-    def excess(self, step: Step) -> float:
-        """Return a method's largest error, as a multiple of its budget."""
-        worst = []
+    def errors(self, step: Step) -> dict[str, float]:
+        """Return a method's largest error as a multiple of its budget, and its errors as shares of the largest value.
+
+        The gradient's is that of the worse one of the two.
+        """
+        of_budget, relative = [], []
         for index, (error, rounding) in enumerate(self._errors(step)):
             rounding += self.of_loss if index == 0 else 0
-            budget = 2 * self.dense[index] + rounding * self.truth[index].abs().amax().item()
-            worst.append(error / budget)
-        return torch.tensor(worst).amax().item()  # NaN stays NaN
+            largest = self.truth[index].abs().amax().item()
+            of_budget.append(error / (2 * self.dense[index] + rounding * largest))
+            relative.append(error / largest)
+        errors = {"error": _largest(of_budget), "loss_error": relative[0]}
+        return errors | ({"gradient_error": _largest(relative[1:])} if relative[1:] else {})
 
     def _errors(self, step: Step) -> list[tuple[float, float]]:
         """Return the error of the loss and of each gradient, and one rounding in its dtype."""
@@ -64,3 +78,7 @@ class Gate:
             )
             for got, true in zip(results, self.truth, strict=True)
         ]
+
+
+def _largest(errors: list[float]) -> float:
+    return torch.tensor(errors).amax().item()  # NaN stays NaN, unlike with max

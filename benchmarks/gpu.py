@@ -1,59 +1,27 @@
 """Times and peak memory on a GPU, and the targets they are held to: `make gpu`, `python -m benchmarks.gpu`.
 
-Correctness first: a method whose loss or gradients are off, or that does not run, is a row with the reason and without
-times. The methods take turns, smoothed and not, and so do the bare products, the floor: the three multiplications of
-forward and backward (6 NVD, NVD being one multiply-add per token, vocabulary entry and hidden unit) with nothing
-between them. Needs torch and triton, nothing else; the file is written after every group of cases.
+Needs torch and triton, nothing else; the file is written after every group of cases. How it measures: measure.py.
 """
 
 import argparse
-import gc
 import importlib.util
-import json
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
-from .gate import Gate
-from .methods import GPU_METHODS, Loss, dense
-from .step import Case, Step, machine, quantiles
-from .targets import OURS, PRODUCTS, TARGET_SHAPES, verdicts
+from .measure import RESULTS, Group, Row, line, measure, reason, write
+from .methods import GPU_METHODS
+from .shapes import SHAPES
+from .step import Case, Step, machine
+from .targets import OURS, TARGET_SHAPES, said, verdicts
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
-Row = dict[str, Any]
-
-# Vocabulary and hidden size, (V, D).
-SHAPES = {
-    "Llama-3 8B": (128256, 4096),
-    "Gemma-2 2B": (256000, 2304),
-    "Qwen2.5 0.5B": (151936, 896),
-    "GPT-2": (50257, 768),
-}
+MODELS = ("Llama-3 8B", "Gemma-2 2B", "Qwen2.5 0.5B", "GPT-2")
 MODES = ("forward+backward", "frozen head", "forward", "reduction none")
 TOKENS = 8192
-ROUNDS = 5
 STEPS = 2  # timed together: a steady state, and all rounds still fit ten minutes
-# A peer may accumulate its gradients in bfloat16, over tens of chunks. Leaving out the smoothing would be 5 budgets:
-# a tenth of the largest gradient beside two and a half roundings of bfloat16, 2^-7 each.
-PEERS_BUDGETS = 4
-
-
-class Clock(Protocol):
-    """What measures a run."""
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Return the time of one run."""
-        ...
-
-    def extra_bytes(self, step: Step) -> int:
-        """Return the peak of a step beyond what stood before it and the gradients that it leaves."""
-        ...
 
 
 class CudaClock:
@@ -74,101 +42,32 @@ class CudaClock:
         end.synchronize()
         return 1e-3 * start.elapsed_time(end) / STEPS
 
-    def extra_bytes(self, step: Step) -> int:
-        """Return the peak of torch's allocator; workspaces of libraries are older than the step, and left out."""
-        return step.extra_bytes()
+    def extra_bytes(self, steps: Sequence[Step]) -> list[int | str]:
+        """Return the peaks of torch's allocator; workspaces of libraries are older than the steps, and left out."""
+        return [self._extra_bytes(step) for step in steps]
+
+    def _extra_bytes(self, step: Step) -> int | str:
+        try:
+            return step.extra_bytes()
+        except Exception as error:  # out of memory, of all things
+            return reason(error)
 
 
-def plan() -> list[tuple[str, list[Case]]]:
-    """Return the cases by shape; those of a group differ in their smoothing alone, and are measured together."""
+def plan() -> list[Group]:
+    """Return what is measured together."""
 
     def group(
         shape: str, mode: str = MODES[0], dtype: str = "bfloat16", autocast: bool = False
-    ) -> tuple[str, list[Case]]:
+    ) -> Group:
         v, d = SHAPES[shape]
         narrow = dtype == "bfloat16" and not autocast
         both = narrow and (shape in TARGET_SHAPES or mode == MODES[0])
         smoothings = (0.1, 0.0) if both else (0.1,)
-        return shape, [Case(TOKENS, d, v, eps, mode, dtype, autocast, "cuda") for eps in smoothings]
+        cases = [Case(TOKENS, d, v, eps, mode, dtype, autocast, "cuda") for eps in smoothings]
+        return shape, cases, GPU_METHODS
 
-    groups = [group(shape, mode) for mode in MODES for shape in SHAPES]
+    groups = [group(shape, mode) for mode in MODES for shape in MODELS]
     return [*groups, group("Llama-3 8B", autocast=True), group("Llama-3 8B", dtype="float32")]
-
-
-def products(step: Step) -> Callable[[], None]:
-    """Return the products that a step cannot avoid, in the dtype of the input: one, two or all three."""
-    x, weight = step.x.detach(), step.weight.detach().to(step.x.dtype)
-    count = {"forward": 1, "frozen head": 2}.get(step.case.mode, 3)
-    dz = x.new_empty(len(x), len(weight))  # of all tokens: nothing to accumulate
-    dx, dw = torch.empty_like(x), torch.empty_like(weight)
-
-    def run() -> None:
-        torch.mm(x, weight.T, out=dz)
-        if count > 1:
-            torch.mm(dz, weight, out=dx)
-        if count > 2:
-            torch.mm(dz.T, x, out=dw)
-
-    return run
-
-
-def measure(shape: str, cases: list[Case], methods: dict[str, Loss], clock: Clock) -> list[Row]:
-    """Return a row for every method and case, and one for the bare products; the cases differ in eps alone."""
-    torch.compiler.reset()  # past its eighth program of a function it would run the rest uncompiled
-    named = [(case, name) for case in cases for name in methods]
-    rows = [{"shape": shape, "method": name, **asdict(case)} for case, name in named]
-    rows.append({"shape": shape, "method": PRODUCTS, **asdict(cases[0]), "eps": None})
-    try:
-        times = _times(rows, cases, methods, clock)
-    except torch.OutOfMemoryError:
-        failure = {"failure": "out of memory for the tensors of the case, or its float64 truth"}
-        return [row | failure for row in rows]
-    for row, seconds in zip(rows, times, strict=True):
-        row |= quantiles(seconds) if seconds else {}
-    for row in rows:
-        if "ms_p50" in row:
-            row["of_products"] = row["ms_p50"] / rows[-1]["ms_p50"]
-    return rows
-
-
-def _times(
-    rows: list[Row], cases: list[Case], methods: dict[str, Loss], clock: Clock
-) -> list[list[float]]:
-    """Return the seconds of each row's runs, none for a method that fails, and fill in the rest of the row."""
-    base = Step(cases[0], dense)
-    runs: list[Callable[[], object]] = []
-    for case in cases:
-        gate = Gate(base.using(dense, case.eps))
-        for name, loss in methods.items():
-            step = base.using(loss, case.eps)
-            rows[len(runs)] |= admit(name, step, gate, clock)
-            runs.append(step)
-        del gate  # its truth is four times a bfloat16 weight
-    runs.append(products(base))
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for row, run, seconds in zip(rows, runs, times, strict=True):
-            if "failure" not in row:
-                seconds.append(clock.seconds(run))
-    return times
-
-
-def admit(name: str, step: Step, gate: Gate, clock: Clock) -> Row:
-    """Run a method twice, which warms it up, and return its error and memory, or why it is not timed."""
-    limit = 1 if name.startswith("levelhead") else PEERS_BUDGETS
-    try:
-        error = gate.excess(step)
-        if not error <= limit:
-            raise ArithmeticError(f"its error is {error:.2g} times the budget")
-        extra = clock.extra_bytes(step)
-        gradients = sum(gradient.nbytes for gradient in step.gradients())
-        return {"error": error, "extra_bytes": extra, "gradient_bytes": gradients}
-    except Exception as error:  # whatever a peer may raise; out of memory too
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    step.x.grad = step.weight.grad = None
-    gc.collect()
-    torch.cuda.empty_cache()
-    return {"failure": failure}
 
 
 def floor_seconds(row: Row, device: str) -> float | None:
@@ -227,25 +126,14 @@ def missing() -> str | None:
     )
 
 
-def line(row: Row) -> str:
-    """Return a row as it is printed."""
-    eps = "" if row["eps"] is None else f"eps {row['eps']:g}"
-    dtype = row["dtype"] + (", autocast" if row["autocast"] else "")
-    head = f"{row['shape']:13}{row['mode']:17}{dtype:19}{eps:8}{row['method']:31}"
-    if "failure" in row:
-        return head + row["failure"]
-    extra = f"{row['extra_bytes'] / 2**20:8.0f} MiB" if "extra_bytes" in row else ""
-    return f"{head}{row['ms_p50']:9.2f} ms {row['of_products']:6.2f} x{extra}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every case, print the verdicts and write results/gpu.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
     options = parser.parse_args(arguments)
-    reason = missing()
-    if reason is not None:
-        print(f"the GPU benchmark cannot run here: {reason}", file=sys.stderr)
+    lacking = missing()
+    if lacking is not None:
+        print(f"the GPU benchmark cannot run here: {lacking}", file=sys.stderr)
         return 2
     results: Row = {"machine": accelerator(), "rows": [], "verdicts": []}
     device = results["machine"]["device"]
@@ -253,24 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         return 0
     warnings.filterwarnings("ignore", message=".*options.* ignored.*")  # torch_chunked, smoothed
-    for shape, cases in plan():
-        rows = measure(shape, cases, GPU_METHODS, CudaClock())
+    for group in plan():
+        rows = measure(*group, CudaClock())
         for row in rows:
             if row["method"] == OURS and "ms_p50" in row:
                 row["datasheet_floor_ms"] = 1e3 * (floor_seconds(row, device) or 0) or None
             print(line(row), flush=True)
         results["rows"] += rows
         results["verdicts"] = verdicts(results["rows"])
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write(RESULTS / "gpu.json", results)
     for verdict in results["verdicts"]:
-        value = "" if verdict["value"] is None else f"{verdict['value']:.3f}: "
-        print(
-            "{shape}: {target}, at most {at_most:g}: ".format(**verdict),
-            value,
-            verdict["verdict"],
-            sep="",
-        )
-    print(f"{RESULTS}\nnow: python -m benchmarks.render")
+        print(said(verdict))
+    print(f"{RESULTS / 'gpu.json'}\nnow: python -m benchmarks.render")
     return 0
 
 

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import costs, figures
+from .shapes import SHAPES
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 CUSTOM_OP = README.with_name("docs") / "custom_op.md"
+BENCHMARKS = CUSTOM_OP.with_name("benchmarks.md")
 ARCHITECTURES = README.with_name("tests") / "integrations" / "architectures.json"
 Results = dict[str, Any]
-_UNMEASURED = "On a GPU: not yet measured; `make gpu` measures it (`gpu.json` beside it)."
 
 
 def render(readme: str) -> str:
@@ -26,8 +29,10 @@ def render(readme: str) -> str:
     return _filled(
         readme,
         {
-            "headline": headline(cpu),
-            "benchmark": benchmark(cpu, json.loads(gpu.read_text()) if gpu.exists() else None),
+            "headline": costs.headline(cpu),
+            "benchmark": costs.benchmark(
+                cpu, json.loads(gpu.read_text()) if gpu.exists() else None
+            ),
             "demo": demonstration(demo),
             "works": works(json.loads(ARCHITECTURES.read_text())),
             "stages": stages(),
@@ -44,6 +49,22 @@ def render_custom_op(page: str) -> str:
     )
 
 
+def render_benchmarks(page: str) -> str:
+    """Return docs/benchmarks.md likewise."""
+    cpu = json.loads((RESULTS / "cpu.json").read_text())
+    return _filled(
+        page,
+        {
+            "targets": costs.targets(cpu),
+            "sizes": costs.sizes(cpu),
+            "figures": costs.pictures(cpu, list(figures.FIGURES), "../benchmarks"),
+            "training": costs.training(cpu),
+            "methods": costs.methods(cpu),
+            "modes": costs.modes(cpu),
+        },
+    )
+
+
 def _filled(page: str, blocks: dict[str, str]) -> str:
     for name, text in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -51,86 +72,6 @@ def _filled(page: str, blocks: dict[str, str]) -> str:
             raise ValueError(f"the page has no block {name!r}")
         page = block.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
     return page
-
-
-def headline(results: Results) -> str:
-    """Return the sentence with the number."""
-    dense, ours = (_row(results, method) for method in ("F.cross_entropy", "levelhead"))
-    return (
-        "**Label smoothing for language models without the logits in memory: "
-        f"{_mebibytes(ours)} MiB where PyTorch needs {_mebibytes(dense)}, "
-        f"in {ours['ms_p50'] / dense['ms_p50']:.2f} × its time.**"
-    )
-
-
-def benchmark(results: Results, gpu: Results | None) -> str:
-    """Return the table of time and memory on a CPU, a line a method and mode, and what is known of GPUs."""
-    lines = [
-        "| label smoothing 0.1 | time | against dense | memory beyond gradients |",
-        "|---|---:|---:|---:|",
-    ]
-    for mode in ("forward+backward", "frozen head", "forward"):
-        dense = _row(results, "F.cross_entropy", mode)
-        lines.append(f"| **{mode}** | | | |")
-        for row in results["rows"]:
-            if row["eps"] == dense["eps"] and row["mode"] == mode:
-                lines.append(_line(row, dense))
-    machine, free = results["machine"], _row(results, "levelhead", eps=0.0)
-    cost = _row(results, "levelhead")["ms_p50"] / free["ms_p50"] - 1
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"N = {dense['n']} tokens, D = {dense['d']}, V = {dense['v']}, {dense['dtype']}; "
-            f"{machine['cores']} CPU cores, torch {machine['torch']}, commit {machine['commit']}. "
-            f"Medians of paired runs; smoothing itself costs {cost:+.1%}. `make bench` measures anew "
-            f"(`benchmarks/results/cpu.json`). {_UNMEASURED if gpu is None else ''}".rstrip(),
-            *([] if gpu is None else ["", *accelerated(gpu)]),
-        ]
-    )
-
-
-def accelerated(results: Results) -> list[str]:
-    """Return the table of forward and backward on a GPU, a line a method, and what is to be said about it."""
-    machine, verdicts = results["machine"], results["verdicts"]
-    wanted = ("forward+backward", "bfloat16", False)
-    rows = [r for r in results["rows"] if (r["mode"], r["dtype"], r["autocast"]) == wanted]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    lines = [
-        f"| {machine['device']} | {' | '.join(shapes)} |",
-        "|---" + "|---:" * len(shapes) + "|",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [
-            _cell([row for row in rows if (row["method"], row["shape"]) == (method, shape)])
-            for shape in shapes
-        ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    failed = (row for row in rows if "failure" in row)
-    failures = dict.fromkeys(f"{row['method']} ({row['failure']})" for row in failed)
-    missed = [v for v in verdicts if v["verdict"] != "met"]
-    return [
-        *lines,
-        "",
-        f"Forward + backward, N = {rows[0]['n']} tokens, bfloat16, label smoothing 0.1: time and memory beyond the "
-        "gradients; * without smoothing. Bare products: the three multiplications and nothing else. "
-        f"Torch {machine['torch']}, triton {machine['triton']}, driver {machine['driver']}, commit "
-        f"{machine['commit']}; `make gpu` measures anew (`benchmarks/results/gpu.json`).",
-        "",
-        *([f"Not timed: {'; '.join(failures)}.", ""] if failures else []),
-        f"Targets met: {len(verdicts) - len(missed)} of {len(verdicts)}.",
-        *("- {shape}: {target}, at most {at_most:g}: {verdict}".format(**v) for v in missed),
-    ]
-
-
-def _cell(rows: list[Results]) -> str:
-    """Return time and memory of a method on a shape, with smoothing if it has that."""
-    timed = [row for row in rows if "failure" not in row]
-    if not timed:
-        return "not timed"
-    row = max(timed, key=lambda row: row["eps"] or 0)
-    memory = f", {_mebibytes(row)} MiB" if "extra_bytes" in row else ""
-    return f"{row['ms_p50']:.1f} ms{memory}{'*' if row['eps'] == 0 else ''}"
 
 
 def demonstration(results: Results) -> str:
@@ -168,7 +109,7 @@ def stages() -> str:
 
     from levelhead.ops.triton import roofline
 
-    shape = n, v, d = 8192, 128256, 4096
+    shape = n, v, d = 8192, *SHAPES["Llama-3 8B"]
     dtype = torch.bfloat16
     functions = {
         "statistics": roofline.statistics(*shape, dtype, roofline.H200),
@@ -355,27 +296,8 @@ def _engines() -> list[tuple[str, str, str]]:
     ]
 
 
-def _row(
-    results: Results, method: str, mode: str = "forward+backward", eps: float = 0.1
-) -> Results:
-    rows = (r for r in results["rows"] if (r["method"], r["mode"], r["eps"]) == (method, mode, eps))
-    row: Results = next(rows)
-    return row
-
-
-def _line(row: Results, dense: Results) -> str:
-    if "failure" in row:
-        return f"| {row['method']} | {row['failure']} | | |"
-    ratio = row["ms_p50"] / dense["ms_p50"]
-    return (
-        f"| {row['method']} | {row['ms_p50'] / 1e3:.2f} s | {ratio:.2f} × | {_mebibytes(row)} MiB |"
-    )
-
-
-def _mebibytes(row: Results) -> str:
-    return f"{max(0, row['extra_bytes']) / 2**20:.0f}"
-
-
 if __name__ == "__main__":
     README.write_text(render(README.read_text()))
     CUSTOM_OP.write_text(render_custom_op(CUSTOM_OP.read_text()))
+    BENCHMARKS.write_text(render_benchmarks(BENCHMARKS.read_text()))
+    figures.draw(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "figures")

@@ -4,11 +4,13 @@ import copy
 import datetime
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ from torch import Tensor
 import levelhead
 from levelhead.cli import memory
 
-from .methods import METHODS, Loss
+from .methods import STATISTICS, Method
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: `mode` is "forward+backward", "frozen head", "forward" or "reduction none".
+    """What is measured: `mode` is "forward+backward", "frozen head", "forward", "reduction none" or STATISTICS.
 
     Under autocast the input is of `dtype`, as a model's body leaves it, and the weight of float32.
     """
@@ -41,13 +43,13 @@ class Case:
 class Step:
     """One loss, and its backward if the case has one, ready to be repeated."""
 
-    def __init__(self, case: Case, loss: Loss) -> None:
+    def __init__(self, case: Case, loss: Method) -> None:
         random = torch.Generator(case.device).manual_seed(0)
         dtype = getattr(torch, case.dtype)
         trainable = case.mode in ("forward+backward", "reduction none")
         x = torch.randn(case.n, case.d, generator=random, device=case.device)
         weight = torch.randn(case.v, case.d, generator=random, device=case.device) * 3 / case.d**0.5
-        self.x = x.to(dtype).requires_grad_(case.mode != "forward")
+        self.x = x.to(dtype).requires_grad_(case.mode not in ("forward", STATISTICS))
         self.weight = weight.to(torch.float32 if case.autocast else dtype).requires_grad_(trainable)
         self.target = torch.randint(0, case.v, (case.n,), generator=random, device=case.device)
         self.upstream = None  # a scalar's gradient is 1
@@ -55,7 +57,7 @@ class Step:
             self.upstream = torch.linspace(0.5, 1.5, case.n, device=case.device) / case.n
         self.case, self.loss = case, loss
 
-    def using(self, loss: Loss, eps: float) -> "Step":
+    def using(self, loss: Method, eps: float) -> "Step":
         """Return the step with another loss and smoothing on the same tensors, whose gradients they share."""
         other = copy.copy(self)
         other.loss, other.case = loss, replace(self.case, eps=eps)
@@ -95,34 +97,55 @@ class Step:
         return memory.peak(self.x.device) - before - gradients
 
 
-def extra_bytes(case: Case, method: str) -> int:
-    """Return a method's extra_bytes on a CPU. Needs a fresh process."""
-    if not memory.prepare(torch.device("cpu")):
-        raise RuntimeError("peak memory is read from /proc: benchmarks need Linux with glibc")
-    step = Step(case, METHODS[method])
+def extra_bytes(case: Case, method: Method) -> int:
+    """Return a method's extra_bytes on a CPU. Needs a process that memory.prepare has prepared."""
+    torch.compiler.reset()  # past its eighth program of a function it would run the rest uncompiled
+    step = Step(case, method)
     step()  # libraries allocate for good on their first call
     return step.extra_bytes()
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Return the columns of a row that describe its times, in milliseconds."""
+def quantiles(seconds: list[float]) -> dict[str, Any]:
+    """Return the columns of a row that describe its times, in milliseconds; in `ms` those of every round."""
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     low, middle, high = deciles[1], statistics.median(seconds), deciles[7]
-    return {"ms_p20": 1e3 * low, "ms_p50": 1e3 * middle, "ms_p80": 1e3 * high}
+    percentiles = {"ms_p20": 1e3 * low, "ms_p50": 1e3 * middle, "ms_p80": 1e3 * high}
+    return percentiles | {"ms": [round(1e3 * second, 3) for second in seconds]}
+
+
+PACKAGES = ("transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
 
 def machine() -> dict[str, Any]:
     """Return where and with what the rows were measured."""
     return {
         "device": "cpu",
-        "processor": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": {name: version(name) for name in PACKAGES},
         "levelhead": levelhead.__version__,
         "commit": commit(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """Return the model of the processor, or at least its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1] if model else platform.machine()
+
+
+def version(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

@@ -23,8 +23,10 @@ from levelhead.ops import chunked, reference
 from levelhead.ops.loss import token_loss_backward
 from levelhead.ops.triton import launch
 
-from .gpu import SHAPES, TOKENS, Clock, CudaClock, Row, accelerator, missing
+from .gpu import TOKENS, CudaClock, accelerator, missing
+from .measure import Clock, Row
 from .methods import dense, fused
+from .shapes import SHAPES
 from .step import Case, Step
 from .targets import TARGET_SHAPES
 
@@ -217,7 +219,7 @@ def suggest(cases: list[Case], clock: Clock) -> None:
                 for case in cases:
                     step = Step(replace(case, mode=mode), fused("triton"))
                     step()  # compiles
-                    extra, ms = clock.extra_bytes(step), 1e3 * clock.seconds(step)
+                    extra, ms = step.extra_bytes(), 1e3 * clock.seconds(step)
                     shown = f"{ms:.2f} ms, {extra / 2**20:.0f} MiB beyond the gradients"
                     print(f"V = {case.v}, {mode}, {module}.{name} = {value:g}: {shown}")
 

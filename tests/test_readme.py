@@ -10,10 +10,11 @@ from benchmarks import render
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CUSTOM_OP = render.CUSTOM_OP.read_text()
+BENCHMARKS = render.BENCHMARKS.read_text()
 LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
 LINKS = [
     (page, link)
-    for page in ("README.md", "docs/custom_op.md")
+    for page in ("README.md", "docs/custom_op.md", "docs/benchmarks.md")
     for link in LINK.findall((ROOT / page).read_text())
 ]
 
@@ -21,6 +22,7 @@ LINKS = [
 def test_its_figures_are_those_of_the_committed_results() -> None:
     assert render.render(README) == README, "run: python -m benchmarks.render"
     assert render.render_custom_op(CUSTOM_OP) == CUSTOM_OP, "run: python -m benchmarks.render"
+    assert render.render_benchmarks(BENCHMARKS) == BENCHMARKS, "run: python -m benchmarks.render"
 
 
 def test_a_changed_figure_is_seen() -> None:

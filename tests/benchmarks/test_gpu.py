@@ -4,22 +4,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, methods, step, targets, tune
+from benchmarks import gpu, measure, methods, step, targets, tune
 from benchmarks.gate import Gate, exact
+from benchmarks.shapes import SHAPES
 from benchmarks.step import Case, Step
 from torch import Tensor
 
 from levelhead.ops import reference
 
 ROOT = Path(__file__).parents[2]
-GROUPS = [cases for shape, cases in gpu.plan() if shape == "Llama-3 8B"]
+GROUPS = [cases for shape, cases, _ in gpu.plan() if shape == "Llama-3 8B"]
 SOUND = {name: methods.GPU_METHODS[name] for name in ("F.cross_entropy", "levelhead, chunked")}
 
 
@@ -31,17 +32,18 @@ class WallClock:
         run()
         return time.perf_counter() - start
 
-    def extra_bytes(self, step: Step) -> int:
-        step()
-        return 12
+    def extra_bytes(self, steps: Sequence[Step]) -> list[int | str]:
+        for one in steps:
+            one()
+        return [12] * len(steps)
 
 
 def tiny(cases: list[Case]) -> list[Case]:
     return [replace(case, n=24, d=16, v=96, device="cpu") for case in cases]
 
 
-def measured(method: methods.Loss, cases: list[Case], name: str = "a method") -> list[Any]:
-    rows = gpu.measure("tiny", tiny(cases), {name: method}, WallClock())
+def measured(method: methods.Method, cases: list[Case], name: str = "a method") -> list[Any]:
+    rows = measure.measure("tiny", tiny(cases), {name: method}, WallClock())
     return [row for row in rows if row["method"] == name]
 
 
@@ -50,29 +52,29 @@ def measured(method: methods.Loss, cases: list[Case], name: str = "a method") ->
 
 def test_the_plan_has_every_shape_mode_and_smoothing_the_targets_speak_of() -> None:
     plan = gpu.plan()
-    assert {(s, cases[0].v, cases[0].d) for s, cases in plan} == {
-        (shape, *size) for shape, size in gpu.SHAPES.items()
+    assert {(s, cases[0].v, cases[0].d) for s, cases, _ in plan} == {
+        (shape, *SHAPES[shape]) for shape in gpu.MODELS
     }
     for shape in targets.TARGET_SHAPES:
         for mode in gpu.MODES:
-            found = {c.eps for s, cases in plan for c in cases if (s, c.mode) == (shape, mode)}
+            found = {c.eps for s, cases, _ in plan for c in cases if (s, c.mode) == (shape, mode)}
             assert found == {0.0, 0.1}
-    assert all((c.n, c.device) == (8192, "cuda") for _, cases in plan for c in cases)
+    assert all((c.n, c.device) == (8192, "cuda") for _, cases, _ in plan for c in cases)
 
 
 @pytest.mark.parametrize("cases", GROUPS, ids=lambda cases: f"{cases[0].mode} {cases[0].dtype}")
 def test_every_case_gives_full_rows(cases: list[Case]) -> None:
-    rows = gpu.measure("tiny", tiny(cases), SOUND, WallClock())
+    rows = measure.measure("tiny", tiny(cases), SOUND, WallClock())
     *methods_rows, floor = rows
     assert [(row["method"], row["eps"]) for row in methods_rows] == [
         (name, case.eps) for case in cases for name in SOUND
     ]
-    assert floor["method"] == targets.PRODUCTS
+    assert floor["method"] == measure.PRODUCTS
     for row in rows:
         assert "failure" not in row
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["of_products"] == row["ms_p50"] / floor["ms_p50"]
-        assert gpu.line(row)
+        assert measure.line(row)
     weight = 96 * 16 * (4 if cases[0].autocast or cases[0].dtype == "float32" else 2)
     x = 24 * 16 * (4 if cases[0].dtype == "float32" else 2)
     gradients = {"frozen head": x, "forward": 0}.get(cases[0].mode, x + weight)
@@ -87,7 +89,7 @@ def test_a_group_on_a_device(cases: list[Case]) -> None:
     small = [replace(case, n=512, d=128, v=4000) for case in cases]
     names = ("F.cross_entropy", "levelhead, chunked", "levelhead, triton")
     compared = {name: methods.GPU_METHODS[name] for name in names}
-    for row in gpu.measure("small", small, compared, gpu.CudaClock()):
+    for row in measure.measure("small", small, compared, gpu.CudaClock()):
         assert "failure" not in row, row
         assert row["ms_p50"] > 0
 
@@ -141,8 +143,8 @@ def test_a_case_too_large_for_the_device_is_rows_with_the_reason(
     def large(_: Step) -> Gate:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu, "Gate", large)
-    rows = gpu.measure("tiny", tiny(GROUPS[0]), SOUND, WallClock())
+    monkeypatch.setattr(measure, "Gate", large)
+    rows = measure.measure("tiny", tiny(GROUPS[0]), SOUND, WallClock())
     assert len(rows) == 2 * len(SOUND) + 1
     assert all(row["failure"].startswith("out of memory") for row in rows)
 
@@ -200,7 +202,7 @@ def test_extra_memory_is_the_peak_beyond_what_stood_before_and_the_gradients_lef
 
 @pytest.mark.parametrize(("mode", "products"), [*zip(gpu.MODES, (3, 2, 1, 4), strict=True)])
 def test_the_datasheet_floor_is_at_least_that_of_the_products(mode: str, products: int) -> None:
-    v, d = gpu.SHAPES["Llama-3 8B"]
+    v, d = SHAPES["Llama-3 8B"]
     case = {"n": 8192, "v": v, "d": d, "mode": mode, "dtype": "bfloat16", "autocast": False}
     seconds = gpu.floor_seconds(case, "NVIDIA H200")
     bare = products * 2 * 8192 * v * d / 989e12

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import render, targets
+from benchmarks import costs, measure, render, targets
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {
@@ -34,7 +34,7 @@ def rows() -> list[Any]:
         row("levelhead, triton", 0.1, 1, **ours) | {"mode": "frozen head"},
         row("Liger-Kernel", 0.1, 220),
         row("F.cross_entropy, torch.compile", 0.1, 100),
-        row(targets.PRODUCTS, None, 100),
+        row(measure.PRODUCTS, None, 100),
         cut | {"failure": "ModuleNotFoundError: No module named 'cut_cross_entropy'"},
     ]
 
@@ -71,16 +71,14 @@ def cpu() -> Any:
 
 
 def test_without_results_the_readme_says_not_yet_measured() -> None:
-    text = render.benchmark(cpu(), None)
-    assert text.endswith(
-        "On a GPU: not yet measured; `make gpu` measures it (`gpu.json` beside it)."
-    )
+    text = costs.benchmark(cpu(), None)
+    assert "On a GPU: not yet measured; `make gpu` measures it (`gpu.json` beside it)." in text
 
 
 def test_with_results_the_readme_has_their_table() -> None:
     sized = [row | {"n": 8192, "extra_bytes": 3 * 2**20} for row in rows()]
     results = {"machine": MACHINE, "rows": sized, "verdicts": targets.verdicts(sized)}
-    text = render.benchmark(cpu(), results)
+    text = costs.benchmark(cpu(), results)
     assert "not yet measured" not in text
     assert (
         "| NVIDIA Test | Llama-3 8B |\n|---|---:|\n| levelhead, triton | 110.0 ms, 3 MiB |" in text

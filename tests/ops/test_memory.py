@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.shapes import SHAPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,7 +89,7 @@ def test_statistics_and_their_backward(dtype: torch.dtype, budget: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "megabytes"), [((32000, 512), 31), ((151936, 3584), 259), ((1, 1), 31)]
+    ("shape", "megabytes"), [((32000, 512), 31), (SHAPES["Qwen2.5 7B"], 259), ((1, 1), 31)]
 )
 def test_the_budget_follows_from_the_size_of_the_weight(
     shape: tuple[int, int], megabytes: int, monkeypatch: pytest.MonkeyPatch

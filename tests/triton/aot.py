@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from benchmarks.shapes import SHAPES
 from triton.backends.compiler import GPUTarget
 
 from levelhead.ops import sums
@@ -278,10 +279,10 @@ def run(kernel: str, dtype: torch.dtype, variant: str) -> None:
     """Call what launches a kernel, with the shapes of Llama 3 8B, or odd ones."""
     plain = variant == "plain"
     if variant == "odd":
-        n, v, d = 333, 50257, 1001
+        n, v, d = 333, SHAPES["GPT-2"][0], 1001
         x, weight = torch.empty(d, n, dtype=dtype).T, torch.empty(d, v, dtype=dtype).T
     else:
-        n, v, d = 8192, 128256, 4096
+        n, v, d = 8192, *SHAPES["Llama-3 8B"]
         x, weight = torch.empty(n, d, dtype=dtype), torch.empty(v, d, dtype=dtype)
     bias, softcap = (None, None) if plain else (torch.empty(v, dtype=dtype), 30.0)
     target = torch.empty(n, dtype=torch.int64)
