@@ -21,7 +21,7 @@ from ..errors import CliError
 from ..output import make_folder, write_json
 from ..reading import batches, read_model, read_rows, read_tokenizer
 
-_BINS = 15  # of the calibration error
+_BINS = 10  # of the calibration error
 _WAYS = {
     "logit_scale": "a logit scale in its config: all that use its logits are served",
     "head": "the weights of its head: all that use its logits are served",
