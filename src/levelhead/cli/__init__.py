@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from levelhead import __version__
 
-from . import capacity, demo, doctor, score, sft, teacher, temperature
+from . import capacity, demo, doctor, plan, score, sft, teacher, temperature
 from .errors import CliError
 
-_VERBS = (demo, sft, teacher, score, capacity, temperature, doctor)
+_VERBS = (demo, sft, teacher, score, capacity, temperature, plan, doctor)
 _EPILOG = """\
 examples:
   levelhead demo --seeds 1
@@ -19,6 +19,7 @@ examples:
   levelhead score tiny questions.jsonl -o scores.parquet
   levelhead capacity run questions.jsonl
   levelhead temperature run held-out.jsonl --output calibrated
+  levelhead plan tiny --tokens 4096 --gpus 8 --zero 3
   levelhead doctor
 
 exit codes:

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -68,6 +69,24 @@ def load_model(name: str, dtype: torch.dtype | Literal["auto"], *, trust_remote_
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unusable("model", name, error) from error
+
+
+def load_skeleton(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+    """The model without its weights, on the meta device: only its config is read.
+
+    Raises:
+        CliError: There is no config, or no causal language model of its kind.
+    """
+    with torch.device("meta"):
+        if name == TINY:
+            return _tiny_model().to(dtype)
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise _unusable("config", name, error) from error
 
 
 def _refuse_pickles(name: str) -> None:
