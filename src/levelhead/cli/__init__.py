@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from levelhead import __version__
 
-from . import capacity, demo, doctor, plan, score, sft, teacher, temperature
+from . import bench, capacity, demo, doctor, plan, score, sft, teacher, temperature
 from .errors import CliError
 
-_VERBS = (demo, sft, teacher, score, capacity, temperature, plan, doctor)
+_VERBS = (demo, sft, teacher, score, capacity, temperature, plan, bench, doctor)
 _EPILOG = """\
 examples:
   levelhead demo --seeds 1
@@ -19,12 +19,13 @@ examples:
   levelhead score tiny questions.jsonl -o scores.parquet
   levelhead capacity run questions.jsonl
   levelhead temperature run held-out.jsonl --output calibrated
+  levelhead bench tiny
   levelhead plan tiny --tokens 4096 --gpus 8 --zero 3
   levelhead doctor
 
 exit codes:
   0    done
-  1    doctor: a result is wrong on this machine; elsewhere an error with a traceback
+  1    doctor, bench: a result is wrong on this machine; elsewhere an error with a traceback
   2    wrong arguments, unusable input, or a missing optional package; stderr says which
   130  interrupted
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
@@ -55,3 +56,13 @@ def _resident(field: str) -> int:
     if kibibytes is None:
         raise OSError(f"{_STATUS} has no {field}")
     return 1024 * int(kibibytes[1])
+
+
+def free(device: torch.device) -> int:
+    """The bytes that can still be taken; on a CPU without Linux, where nobody says, all that one may ask for."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform != "linux":
+        return sys.maxsize
+    available = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+    return sys.maxsize if available is None else 1024 * int(available[1])

@@ -1,0 +1,251 @@
+"""`levelhead bench`: time and peak memory of head and loss, for a model's shapes on this machine."""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+import levelhead
+
+from . import memory
+from .architecture import read_architecture
+from .arguments import count, share
+from .contest import (
+    LEVELHEAD,
+    LOSSES,
+    TORCH,
+    Outcome,
+    compete,
+    method_bytes,
+    operand_bytes,
+    product_seconds,
+)
+from .errors import CliError, WrongResultError, missing_extra
+from .footprint import Problem
+
+_DESCRIPTION = """\
+Measures on this machine what the output head and its loss take, for the shapes of a model: time,
+and peak memory beyond inputs and gradients, of PyTorch's dense loss, its fused one (torch >= 2.13)
+and Levelhead. First each result is checked; then the methods take turns, so that a bad moment of
+the machine hits all of them. Reads a model's config, never its weights: the numbers are random.
+"""
+_EPILOG = """\
+examples:
+  levelhead bench tiny
+  levelhead bench Qwen/Qwen2.5-0.5B --dtype bf16
+  levelhead bench --hidden 4096 --vocabulary 128256 --tokens 64 --json
+
+exit codes:
+  0    done
+  1    levelhead computes something wrong on this machine
+  2    wrong arguments or unusable input; stderr says which
+"""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST, _LEAST = 8192, 16  # tokens that are chosen
+_SECONDS = 30.0
+# Products of 2 NVD that all runs are, with three rounds: 5 a method in two modes, three methods, the check besides.
+_PRODUCTS = 5 * 3 * (1 + 3) + 5 * 2
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds `bench` to the verbs of the command."""
+    parser = verbs.add_parser(
+        "bench",
+        help="measure time and memory of a model's head on this machine, in under a minute",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a name on the hub, a folder, or tiny"
+    )
+    parser.add_argument("--hidden", type=count, metavar="D", help="width of the head's input")
+    parser.add_argument("--vocabulary", type=count, metavar="V", help="rows of the head")
+    parser.add_argument(
+        "--tokens", type=count, metavar="N", help="(default: what fits the minute and the memory)"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="(default: %(default)s)")
+    parser.add_argument(
+        "--smoothing",
+        type=share,
+        default=0.1,
+        metavar="EPS",
+        help="label smoothing (default: %(default)s)",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures and says.
+
+    Raises:
+        CliError: The shapes are not given, the model cannot be read, its head does not fit, or a package is missing.
+        WrongResultError: Levelhead fails, or computes something wrong.
+    """
+    if not arguments.json:
+        _table()  # what is missing is said before a minute has passed
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    hidden, vocabulary = _shape(arguments)
+    one = Problem(1, hidden, vocabulary, _DTYPES[arguments.dtype], device=device.type)
+    free = memory.free(device)
+    if operand_bytes(one) > free:
+        raise CliError(
+            f"a head of {vocabulary} x {hidden} and its gradient need {operand_bytes(one) / 2**30:.1f} GiB for this, "
+            f"{free / 2**30:.1f} GiB are free; try --dtype bf16 or a smaller model"
+        )
+    if arguments.tokens is None:
+        tokens, why = _choose(one, arguments.smoothing, free)
+    else:
+        tokens, why = arguments.tokens, "asked for"
+    problem = replace(one, tokens=tokens)
+    left = free - operand_bytes(problem)
+    if left <= 0:
+        raise CliError(
+            f"{tokens} tokens and the head need {operand_bytes(problem) / 2**30:.1f} GiB before any loss, "
+            f"{free / 2**30:.1f} GiB are free; give fewer --tokens"
+        )
+    rows = compete(problem, arguments.smoothing, left)
+    facts = {
+        "model": arguments.model,
+        "hidden": hidden,
+        "vocabulary": vocabulary,
+        "tokens": tokens,
+        "tokens_are": why,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "smoothing": arguments.smoothing,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "levelhead": levelhead.__version__,
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if arguments.json:
+        content = facts | {"rows": [asdict(row) for row in rows]}
+        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    else:
+        _show(facts, rows)
+    _complain(rows)
+
+
+def _shape(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Width and rows of the head."""
+    given = arguments.hidden, arguments.vocabulary
+    if arguments.model is not None and given == (None, None):
+        architecture = read_architecture(
+            arguments.model, torch.bfloat16, trust_remote_code=arguments.trust_remote_code
+        )
+        return architecture.hidden, architecture.vocabulary
+    if arguments.model is not None or None in given:
+        raise CliError(
+            "give either a MODEL (a name on the hub, a folder, or tiny) or both --hidden and --vocabulary"
+        )
+    return given
+
+
+def _choose(one: Problem, smoothing: float, free: int) -> tuple[int, str]:
+    """The tokens to measure, a power of two, and why not more."""
+    probe = replace(one, tokens=64)
+    seconds = product_seconds(probe) / 64  # a token, a product
+    # On a CPU memory is measured with one thread.
+    slowdown = torch.get_num_threads() if one.device == "cpu" else 1
+    products = _PRODUCTS + 5 * len(LOSSES) * slowdown
+    tokens, why = _LEAST, f"the fewest; {_SECONDS:.0f} seconds allow no more"
+    while tokens < _MOST:
+        more = replace(one, tokens=2 * tokens)
+        need = operand_bytes(more) + max(method_bytes(name, more, smoothing) for name in LOSSES)
+        if need > free / 2:
+            return tokens, "more would need over half of the free memory"
+        if seconds * products * more.tokens > _SECONDS:
+            return tokens, why
+        tokens, why = more.tokens, "more would take over a minute"
+    return tokens, "enough for steady times"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {os.cpu_count()} cores"
+
+
+def _complain(rows: list[Outcome]) -> None:
+    """Raises if levelhead, which must always run where it fits, failed."""
+    failed = [
+        f"{row.mode}: {row.failure}"
+        for row in rows
+        if row.method == LEVELHEAD and row.failure and not row.failure.startswith("out of memory")
+    ]
+    if failed:
+        raise WrongResultError(
+            f"levelhead fails on this machine ({'; '.join(failed)}); do not train with it. Please report it, "
+            "with what `levelhead doctor` says"
+        )
+
+
+def _table() -> Any:
+    try:
+        from rich.table import Table
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "cli", {"rich"}) from error
+    return Table
+
+
+def _show(facts: dict[str, Any], rows: list[Outcome]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    name = "" if facts["model"] is None else f"{facts['model']}: "
+    console.print(
+        escape(
+            f"{name}head {facts['vocabulary']} x {facts['hidden']}, {facts['dtype']}, label smoothing "
+            f"{facts['smoothing']:g}; {facts['tokens']} tokens ({facts['tokens_are']}); {facts['device']}, "
+            f"{facts['threads']} threads, torch {facts['torch']}"
+        ),
+        highlight=False,
+    )
+    for mode in dict.fromkeys(row.mode for row in rows):
+        table = _table()(title=mode, title_justify="left")
+        table.add_column("head and loss", no_wrap=True)
+        for column in ("median", "20 % to 80 %", "extra memory", "time", "memory"):
+            table.add_column(column)
+        dense, *_ = own = [row for row in rows if row.mode == mode]
+        for row in own:
+            table.add_row(row.method, *_cells(row, dense))
+        console.print(table)
+        for row in own:
+            if row.failure:
+                console.print(f"{row.method}: {escape(row.failure)}", highlight=False)
+    console.print(
+        "Extra memory: the peak beyond inputs and gradients. Last columns: shares of dense. Each result "
+        "was checked first.",
+        highlight=False,
+    )
+    if facts["smoothing"] and TORCH in LOSSES:
+        console.print(
+            f"{TORCH} has no label smoothing: it falls back to dense logits.", highlight=False
+        )
+
+
+def _cells(row: Outcome, dense: Outcome) -> list[str]:
+    """What stands beside the method: times, memory, and what they are of the dense ones."""
+    if row.ms_p20 is None or row.ms_p50 is None or row.ms_p80 is None:
+        return ["out of memory" if row.failure.startswith("out of memory") else "[red]failed[/]"]
+    size = row.extra_bytes
+    memory = "not measurable here" if size is None else f"{size / 2**20:.1f} MiB"
+    cells = [f"{_ms(row.ms_p50)} ms", f"{_ms(row.ms_p20)} to {_ms(row.ms_p80)}", memory]
+    if dense.ms_p50:
+        cells.append(f"{row.ms_p50 / dense.ms_p50:.2f} x")
+    if dense.extra_bytes and size is not None:
+        cells.append(f"{size / dense.extra_bytes:.2g} x")
+    return cells
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
