@@ -80,7 +80,7 @@ def test_both_halves_together_are_all_tokens_and_nothing_was_fitted_on_both(fold
 def test_it_says_what_it_did(folder):
     printed = (folder / "printed").read_text()
     assert "negative log-likelihood" in printed
-    assert "expected calibration error (15 bins)" in printed
+    assert "expected calibration error (10 bins)" in printed
     assert "the weights of its head" in printed
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import chunked
+from ..ops import chunked, sums
 
 Moments = dict[str, dict[str, int]]  # moment -> tensor -> bytes
 
@@ -237,16 +237,20 @@ def levelhead_triton(problem: Problem) -> Moments:
     if problem.narrow:
         buffers["logits of 512 tokens, float32"] = wide * min(few, problem.tokens) * aligned
     kept = buffers | _masked_input(problem)
-    gradients = problem.gradients()
-    if problem.narrow and not problem.frozen and chunks > 1:
-        accumulated = {"gradient of the weight, float32": wide * problem.weight_numbers}
-    else:
-        accumulated = {}
-    if (
-        problem.dtype == torch.float16
-    ):  # kept in float32 until backward, so that a loss scale finds it
+    if problem.dtype != torch.bfloat16:  # sums in place, or kept in float32 until backward
         return {"a chunk": kept | _sums(problem), "backward": _kept_until_backward(problem)}
-    return {"a chunk": {**kept, **accumulated, **gradients}}
+    # Products are narrow at once, but for the sum over chunks; each is rounded from some rows in float32.
+    gradients = problem.gradients()
+    rows = tokens if chunks > 1 or problem.frozen else max(tokens, problem.vocabulary)
+    rounded = {"rows of a gradient, float32": wide * d * min(sums._ROWS, rows)}
+    if problem.frozen or chunks == 1:
+        return {"a chunk": kept | gradients | rounded}
+    total = {"gradient of the weight, float32": wide * problem.weight_numbers}
+    of_input = "gradient of the hidden states"
+    return {
+        "a chunk": kept | total | {of_input: gradients[of_input]} | rounded,
+        "rounding the gradients": kept | total | gradients,
+    }
 
 
 def _chunked_buffers(problem: Problem, tokens: int) -> dict[str, int]:
