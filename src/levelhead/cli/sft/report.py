@@ -89,6 +89,7 @@ def summarise(
         "epochs": state.epoch,
         "loss": _first_and_last("loss", state),
         "eval_loss": _first_and_last("eval_loss", state),
+        "calibration": _calibration(state),
         "tokens": state.num_input_tokens_seen,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -109,6 +110,20 @@ def _first_and_last(key: str, state: Any) -> dict[str, float] | None:
     """None without any; JSON has no NaN."""
     losses = [entry[key] for entry in state.log_history if math.isfinite(entry.get(key, math.nan))]
     return {"first": losses[0], "last": losses[-1]} if losses else None
+
+
+def _calibration(state: Any) -> dict[str, float] | None:
+    """What the last evaluation says of the model's confidence in its tokens; trust is FIRST's score."""
+    found = [entry for entry in state.log_history if "eval_ece" in entry]
+    if not found:
+        return None
+    accuracy, error = found[-1]["eval_token_accuracy"], found[-1]["eval_ece"]
+    return {
+        "token_accuracy": accuracy,
+        "mean_confidence": found[-1]["eval_mean_confidence"],
+        "ece": error,
+        "trust": accuracy - error,
+    }
 
 
 def _logits(trainer: Any, positions: int) -> dict[str, Any]:
@@ -138,6 +153,10 @@ def table(summary: dict[str, Any]) -> Table:
         label = "training loss with regulariser"
     view.add_row(label, _change(summary["loss"]))
     view.add_row("evaluation loss (nats)", _change(summary["eval_loss"]))
+    if found := summary["calibration"]:
+        view.add_row("accuracy on evaluation tokens", f"{found['token_accuracy']:.4f}")
+        view.add_row("their calibration error", f"{found['ece']:.4f}")
+        view.add_row("trust score, the difference", f"{found['trust']:.4f}")
     view.add_row("tokens", f"{summary['tokens']:,}")
     view.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
     view.add_row("time (s)", f"{summary['seconds']:.1f}")
