@@ -162,6 +162,9 @@ def test_a_student_learns_from_it(data, tmp_path, capsys):
     assert summary["settings"]["distillation"] == "other"
     assert summary["settings"]["smoothing"] == 0
     assert summary["steps"] == 3
+    found = summary["calibration"]
+    assert found["trust"] == pytest.approx(found["token_accuracy"] - found["ece"])
+    assert 0 <= found["ece"] <= 1
 
 
 def test_the_loss_of_the_first_step_is_that_of_the_logits(data, tmp_path):

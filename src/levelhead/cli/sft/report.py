@@ -181,9 +181,10 @@ def calibration(regimes: dict[str, Regime]) -> str:
 
 def notes(summary: dict[str, Any]) -> str:
     """What exactly the table shows, to be printed below it."""
+    bins = "The calibration error is that of the likeliest token, in 10 bins of equal width. "
     return (
         "Losses are the first and the last that were logged; the evaluation loss is not smoothed. "
-        f"Memory is {summary['logits']['how']}."
+        f"{bins if summary['calibration'] else ''}Memory is {summary['logits']['how']}."
     )
 
 

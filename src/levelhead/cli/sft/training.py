@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from levelhead import patch_model
 from levelhead.integrations import set_objective
+from levelhead.integrations.transformers import CalibrationCallback
 from levelhead.objectives import Distillation
 
 from ..errors import CliError
@@ -87,7 +88,11 @@ def fine_tune(arguments: argparse.Namespace) -> None:
         train_dataset=tables["data"],
         eval_dataset=tables.get("eval"),
         processing_class=tokenizer,
-        callbacks=[*([expectation] if expectation else []), _MarkWhole()],
+        callbacks=[
+            *([expectation] if expectation else []),
+            _MarkWhole(),
+            *([CalibrationCallback()] if arguments.eval else []),
+        ],
     )
     trainer.expectation = expectation
     trainer.remove_callback(PrinterCallback)
@@ -381,7 +386,12 @@ class _Show(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any
     ) -> None:
-        named = {"loss": "loss", "eval_loss": "evaluation loss", "learning_rate": "learning rate"}
+        named = {
+            "loss": "loss",
+            "eval_loss": "evaluation loss",
+            "eval_ece": "calibration error",
+            "learning_rate": "learning rate",
+        }
         shown = [f"{label} {logs[key]:.4g}" for key, label in named.items() if key in logs]
         if shown:
             self._progress.console.print(f"step {state.global_step:>6}  " + "  ".join(shown))
