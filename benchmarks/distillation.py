@@ -178,23 +178,23 @@ def train(
     for _ in range(recipe.epochs):
         for chosen in torch.randperm(len(rows), generator=generator).split(recipe.batch_size):
             batch = demo.collate([rows[index] for index in chosen.tolist()], CPU)
-            columns = {} if teacher is None else _columns(batch, *(t[chosen] for t in teacher))
-            model(input_ids=batch.input_ids, labels=batch.labels, **columns).loss.backward()
+            taught = {} if teacher is None else columns(batch, *(t[chosen] for t in teacher))
+            model(input_ids=batch.input_ids, labels=batch.labels, **taught).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     return model
 
 
-def _columns(batch: demo.Batch, ids: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+def columns(batch: demo.Batch, ids: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
     """The teacher's columns (B, T, k) of rows whose completion is one token."""
     asked = torch.nn.functional.pad(batch.labels[:, 1:] != demo.IGNORE_INDEX, (0, 1))
-    columns = {
+    found = {
         "teacher_ids": torch.full((*asked.shape, K), demo.IGNORE_INDEX),
         "teacher_log_probs": torch.zeros(*asked.shape, K),
     }
-    columns["teacher_ids"][asked], columns["teacher_log_probs"][asked] = ids, log_probs
-    return columns
+    found["teacher_ids"][asked], found["teacher_log_probs"][asked] = ids, log_probs
+    return found
 
 
 def scores(model: Any, rows: Sequence[demo.Tokens]) -> dict[str, float]:
