@@ -64,6 +64,7 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         "levelhead.cli.demo.",
         "levelhead.cli.models",
         "levelhead.cli.progress",
+        "levelhead.cli.report.",
         "levelhead.cli.reading",
         "levelhead.cli.score.",
         "levelhead.cli.sft.",
@@ -73,7 +74,7 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         "levelhead.integrations.transformers",
     )
     assert all(module.startswith(optional) for module, _ in failed)
-    packages = {"datasets", "matplotlib", "pyarrow", "rich", "safetensors", "transformers"}
+    packages = {"datasets", "matplotlib", "numpy", "pyarrow", "rich", "safetensors", "transformers"}
     assert {package for _, package in failed} <= packages
 
 
@@ -85,6 +86,7 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         ("score tiny rows.jsonl -o scores.parquet", "sft"),
         ("capacity tiny", "sft"),
         ("temperature tiny rows.jsonl --output calibrated", "sft"),
+        ("report a.csv", "report"),
         ("doctor", "cli"),
     ],
 )
@@ -116,5 +118,5 @@ def test_the_operator_runs(fresh: Path) -> None:
 def test_every_module_imports_with_them(fresh: Path, wheel: Path) -> None:
     """Runs last: it installs the extras that the others must do without."""
     pip = [fresh / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
-    _run(*pip, f"{wheel}[demo,sft]")
+    _run(*pip, f"{wheel}[demo,report,sft]")
     assert _run(fresh / "python", "-c", _IMPORT_ALL) == ""

@@ -18,7 +18,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"levelhead {levelhead.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["demo", "sft", "score", "doctor"])
+@pytest.mark.parametrize("verb", ["demo", "sft", "score", "report", "doctor"])
 def test_help_has_an_example(verb, capsys):
     for arguments in (["--help"], [verb, "--help"]):
         with pytest.raises(SystemExit) as exit_:
@@ -42,6 +42,8 @@ def test_help_documents_every_exit_code(capsys):
         (["demo", "--smoothing", "2"], "must be a number in [0, 1], got '2'"),
         (["demo", "--smoothing", "some"], "must be a number in [0, 1], got 'some'"),
         (["demo", "--seeds", "0"], "must be a whole number from 1 on, got '0'"),
+        (["report"], "the following arguments are required: FILE"),
+        (["report", "a.csv", "--where", "model"], "must be COLUMN=VALUE, got 'model'"),
         (["demo", "--seeds", "-3"], "must be a whole number from 1 on, got '-3'"),
         (["sft", "tiny", "d.jsonl"], "the following arguments are required: --output"),
         (["sft", "tiny", "d.jsonl", "--temperature", "0"], "must be a number above 0, got '0'"),
@@ -89,6 +91,8 @@ def test_of_several_processes_one_prints(monkeypatch, capsys):
         (["demo"], "matplotlib", "demo"),
         (["demo"], "transformers", "demo"),
         (["sft", "tiny", "d.jsonl", "--output", "o"], "datasets", "sft"),
+        (["report", "a.csv", "--json"], "pyarrow", "report"),
+        (["report", "a.csv", "--json"], "matplotlib", "report"),
         (["doctor"], "rich", "cli"),
     ],
 )
@@ -112,11 +116,12 @@ def test_a_missing_extra_says_how_to_install_it(verb, package, extra):
 def test_help_and_version_import_no_extra():
     code = """
         import sys
-        for package in ("rich", "matplotlib", "transformers", "datasets", "peft"):
+        for package in ("rich", "matplotlib", "transformers", "datasets", "peft", "pyarrow"):
             sys.modules[package] = None
         from levelhead.cli import main
         for arguments in (
-            ["--version"], ["--help"], ["demo", "--help"], ["sft", "--help"], ["doctor", "--help"]
+            ["--version"], ["--help"], ["demo", "--help"], ["sft", "--help"], ["doctor", "--help"],
+            ["report", "--help"],
         ):
             try:
                 main(arguments)

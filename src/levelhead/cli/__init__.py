@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 from levelhead import __version__
 
-from . import bench, capacity, demo, doctor, plan, score, sft, teacher, temperature
+from . import bench, capacity, demo, doctor, plan, report, score, sft, teacher, temperature
 from .errors import CliError
 
-_VERBS = (demo, sft, teacher, score, capacity, temperature, plan, bench, doctor)
+_VERBS = (demo, sft, teacher, score, report, capacity, temperature, plan, bench, doctor)
 _EPILOG = """\
 examples:
   levelhead demo --seeds 1
   levelhead sft tiny questions.jsonl --output run
   levelhead teacher tiny questions.jsonl -o store
   levelhead score tiny questions.jsonl -o scores.parquet
+  levelhead report scores.parquet
   levelhead capacity run questions.jsonl
   levelhead temperature run held-out.jsonl --output calibrated
   levelhead bench tiny

@@ -1,0 +1,114 @@
+"""The whole report: read, measure, write, print."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import levelhead
+
+from ..output import make_folder, write_json
+from . import figures
+from .answers import Answers, in_one_block
+from .comparison import compared, comparison
+from .layout import Layout, layout
+from .measures import Settings, measure_all
+from .notes import definitions, notes, subtitle, title
+from .page import page
+from .reading import KIND, Choice, Reading, read
+from .terminal import show
+
+_DEFAULT = Path("levelhead-report")
+
+Numbers = dict[str, Any]
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Runs the verb.
+
+    Raises:
+        CliError: As `levelhead.cli.report.run`.
+    """
+    output = arguments.output or (None if arguments.json else _DEFAULT)
+    if output is not None:
+        make_folder(output)
+    results = _results(arguments)
+    if output is not None:
+        _write(results, output)
+    if arguments.json:
+        Console(soft_wrap=True, highlight=False, markup=False).print(
+            json.dumps(results, indent=2, allow_nan=False)
+        )
+    else:
+        show(results, output)
+
+
+def _results(arguments: argparse.Namespace) -> Numbers:
+    settings = Settings(arguments.bins, arguments.labels, arguments.seed)
+    groups = tuple(dict.fromkeys([*filter(None, [arguments.by]), *arguments.within]))
+    reading = read(
+        arguments.files,
+        Choice(
+            arguments.confidence,
+            arguments.correct,
+            groups,
+            tuple(arguments.where),
+            questions=arguments.compare is not None or len(arguments.files) == 2,
+        ),
+    )
+    plan = layout(reading.cells.columns, arguments.by, tuple(arguments.within))
+    first = [KIND] if KIND in reading.cells.columns else []
+    first += [plan.by] if plan.by else []
+    answers = in_one_block(reading.cells, [*first, *plan.within])
+    names = compared(answers, plan.by, arguments.compare)
+    return {
+        "levelhead": levelhead.__version__,
+        "files": [str(path) for path in arguments.files],
+        "answers": len(answers),
+        "title": title(reading),
+        "subtitle": subtitle(reading, answers, plan),
+        "by": plan.by,
+        "within": list(plan.within),
+        "where": [f"{column}={value}" for column, value in arguments.where],
+        "settings": vars(settings),
+        "constants": reading.constants,
+        **_measured(reading, answers, plan, settings, names),
+    }
+
+
+def _measured(
+    reading: Reading,
+    answers: Answers,
+    plan: Layout,
+    settings: Settings,
+    names: list[str],
+) -> Numbers:
+    kind = reading.constants.get(KIND, reading.confidence)
+    scores = measure_all(answers, kind, plan, settings)
+    # A probability can be judged in full, so it comes first.
+    scores = dict(sorted(scores.items(), key=lambda item: not item[1]["probability"]))
+    main = next(iter(scores))
+    if KIND in answers.columns:
+        answers = answers.split([KIND])[(main,)]
+    return {
+        "scores": scores,
+        "comparison": comparison(scores[main], answers, plan.by, names, settings)
+        if plan.by and names
+        else None,
+        "notes": notes(reading, scores, plan),
+        "definitions": definitions(settings),
+    }
+
+
+def _write(results: Numbers, folder: Path) -> None:
+    kind = next(iter(results["scores"].values()))
+    drawn = figures.pictures(kind)
+    write_json(folder / "results.json", results)
+    (folder / "report.html").write_text(page(results, drawn), encoding="utf-8")
+    for name, figure in drawn.items():
+        figures.save(figure, folder, name)
+    if kind["probability"]:
+        rows = (kind["groups"] or [kind["overall"]])[: figures.MOST_PANELS]
+        figures.save(figures.reliability_grid(rows), folder, "reliability")

@@ -1,0 +1,69 @@
+"""How pictures look: colours that the colour-blind tell apart, also in print and on a dark page."""
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, the blue and the green a little lighter for dark pages.
+BLUE, ORANGE = "#2b7fb8", "#d55e00"
+SERIES = (BLUE, ORANGE, "#12a07a", "#cc79a7", "#b58900", "#56b4e9", "#7a6fb5", "#8c8c8c")
+DASHES = ("-", "--", "-.", ":")
+# Stand-ins that a page replaces by variables of its style sheet, so that it can go dark.
+INK, PALE, PAPER = "#1b1e23", "#b9bec7", "#fffffe"
+_VARIABLES = {INK: "var(--ink)", PALE: "var(--pale)", PAPER: "var(--paper)"}
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": PALE,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": PALE,
+    "ytick.color": PALE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.8,
+    "figure.facecolor": PAPER,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "levelhead",
+}
+
+
+def style() -> Any:
+    """A context in which figures are drawn and saved."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an element of a page, with the page's colours.
+
+    Args:
+        figure: Drawn within `style()`.
+        name: Unique on the page; identifiers in the SVG begin with it.
+        description: What it shows, for those who cannot see it.
+    """
+    file = io.StringIO()
+    with style():
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*" ', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    size = f'style="max-width: {110 * figure.get_figwidth():.0f}px"'
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" {size} ', 1).rstrip()
