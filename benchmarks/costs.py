@@ -183,8 +183,8 @@ def training(results: Results) -> str:
             "",
             f"A Llama of {one['layers']} layers with D = {one['d']}, V = {one['v']}, {one['dtype']}, label smoothing "
             f"{one['eps']:g}; forward, backward and AdamW on a sequence of {one['n']} tokens, all of them labels. The "
-            "limit is on what forward and backward take beyond the model, its gradients and the optimiser; lengths "
-            "are powers of two.",
+            "limit is on what forward and backward take beyond the model and the optimiser, gradients included; "
+            "lengths are powers of two.",
         ]
     )
 

@@ -19,7 +19,7 @@ Series = dict[str, Points]  # by label
 DIGEST = "Digest"  # key of the PNG's text
 _COLOURS = {DENSE: "#6b7280", CHUNKED: "#d97706", OURS: "#1d4ed8", PRODUCTS: "#9ca3af"}
 _NO_SMOOTHING = ", ε = 0"
-_MODEL = "GPT-2"  # which every method runs on
+_MODEL = "SmolLM2 135M"  # which every method runs on
 
 
 def _training(rows: Iterable[Row], shape: str) -> list[Row]:

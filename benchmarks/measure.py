@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,11 +54,7 @@ class CpuClock:
     """Wall time here, and peaks of resident memory in two other processes."""
 
     def __init__(self) -> None:
-        self._processes = self._start()
-
-    def _start(self) -> ProcessPoolExecutor:
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(2, spawn, initializer=_prepare)
+        self._processes = _processes(2)
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Return the wall time of one run."""
@@ -74,19 +71,38 @@ class CpuClock:
     ) -> list[Any]:
         """Return what a function gives in a prepared process, or why it gives nothing, as a string."""
         futures = [self._processes.submit(function, *given) for given in arguments]
-        results = []
-        for future in futures:
+        results, broken = [], False
+        for future, given in zip(futures, arguments, strict=True):
             try:
                 results.append(future.result())
-            except Exception as error:  # whatever a peer may raise, and a process that was killed
+            except BrokenProcessPool:  # by this one or by another
+                broken = True
+                results.append(_alone(function, given))
+            except Exception as error:  # whatever a peer may raise
                 results.append(reason(error))
-        if getattr(self._processes, "_broken", False):
-            self._processes = self._start()
+        if broken:
+            self._processes = _processes(2)
         return results
 
     def close(self) -> None:
         """End the processes."""
         self._processes.shutdown()
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, spawn, initializer=_prepare)
+
+
+def _alone(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Return what a function gives where no other can end its process, or why it gives nothing."""
+    with _processes(1) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return "killed, as what takes too much memory is"
+        except Exception as error:
+            return reason(error)
 
 
 def _prepare() -> None:
@@ -101,7 +117,10 @@ def measure(shape: str, cases: list[Case], methods: dict[str, Method], clock: Cl
     rows = unmeasured(shape, cases, methods)
     try:
         times = _times(rows, cases, methods, clock)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # An error of its own class on a GPU; on a CPU one that says so.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         failure = {"failure": "out of memory for the tensors of the case, or its float64 truth"}
         return [row | failure for row in rows]
     for row, seconds in zip(rows, times, strict=True):

@@ -1,6 +1,7 @@
 """The heads of known models, (V, D): what benchmarks and tests mean by a model's name."""
 
 SHAPES = {
+    "SmolLM2 135M": (49152, 576),
     "GPT-2": (50257, 768),
     "Qwen2.5 0.5B": (151936, 896),
     "Qwen2.5 7B": (152064, 3584),

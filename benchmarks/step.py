@@ -100,8 +100,15 @@ class Step:
 def extra_bytes(case: Case, method: Method) -> int:
     """Return a method's extra_bytes on a CPU. Needs a process that memory.prepare has prepared."""
     torch.compiler.reset()  # past its eighth program of a function it would run the rest uncompiled
+    from torch._dynamo.utils import counters  # slow to import
+
+    counters.clear()
+    Step(
+        replace(case, n=min(case.n, 64)), method
+    )()  # libraries allocate for good on their first call
     step = Step(case, method)
-    step()  # libraries allocate for good on their first call
+    if counters["stats"]:  # it compiles, and does so for this size
+        step()
     return step.extra_bytes()
 
 

@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def row(method: str, eps: float | None, ms: float | None = None, **columns: Any) -> Any:
-    case = {"shape": "GPT-2", "n": 512, "d": 768, "v": 50257, "mode": "forward+backward"}
+    case = {"shape": "SmolLM2 135M", "n": 512, "d": 768, "v": 50257, "mode": "forward+backward"}
     case |= {"dtype": "float32", "method": method, "eps": eps}
     if ms is None:
         return case | {"failure": "NotImplementedError: has no label smoothing"} | columns
@@ -82,7 +82,7 @@ def test_the_readme_has_every_method_and_the_targets() -> None:
     assert "| TRL, fused head* | 1.80 s | 2.00 × | 64 MiB |" in text, "held against ε = 0"
     assert "| levelhead | 1.10 s | 1.10 × | 32 MiB |" in text
     assert "* Without smoothing" in text
-    assert "at most 1.05: met at 0 of 1 sizes; the worst is 1.1, GPT-2, N = 512" in text
+    assert "at most 1.05: met at 0 of 1 sizes; the worst is 1.1, SmolLM2 135M, N = 512" in text
     assert measure.PRODUCTS not in text
 
 
@@ -105,7 +105,7 @@ def test_other_modes_have_tables_and_sweeps_have_lines() -> None:
     sweep = [found | {"shape": OVER_TOKENS, "n": 64} for found in rows()]
     every = results([*rows(), *frozen, *sweep])
     assert costs.modes(every).count("**") == 2
-    assert "**frozen head: GPT-2, N = 512" in costs.modes(every)
+    assert "**frozen head: SmolLM2 135M, N = 512" in costs.modes(every)
     assert "| N = 64, D = 768, V = 50257, float32 | 1.00 s | 1.10 s | 0.80 s |" in costs.sizes(
         every
     )

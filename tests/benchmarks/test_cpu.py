@@ -159,21 +159,36 @@ def test_what_has_no_peak_is_not_timed() -> None:
     assert "ms" in rows[1]
 
 
+def _ends(with_abort: bool) -> int:
+    if with_abort:
+        os.abort()
+    return 1
+
+
 @pytest.mark.slow
-def test_a_process_that_was_killed_is_a_reason_and_another_takes_its_place() -> None:
+def test_a_process_that_was_killed_is_a_reason_and_harms_no_other() -> None:
     """As the kernel kills what takes too much memory; then peaks, of dense logits and of ours."""
     clock = measure.CpuClock()
     case = Case(512, 8, 40000)
     steps = [Step(case, methods.CPU_METHODS[name]) for name in (methods.DENSE, methods.OURS)]
     try:
-        (reason,) = clock.elsewhere(os.abort, [()])
-        assert reason.startswith("BrokenProcessPool")
+        killed, other = clock.elsewhere(_ends, [(True,), (False,)])
+        assert (killed, other) == ("killed, as what takes too much memory is", 1)
         dense, ours = clock.extra_bytes(steps)
     finally:
         clock.close()
     logits = case.n * case.v * 4
     assert 2 * logits <= dense <= 4.5 * logits
     assert 24 * 2**20 <= ours <= 32 * 2**20  # chunks of 171 tokens
+
+
+def test_a_case_without_memory_for_its_tensors_is_rows_with_the_reason(monkeypatch: Any) -> None:
+    def large(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate much")
+
+    monkeypatch.setattr(measure, "Gate", large)
+    rows = measure.measure("tiny", [Case(8, 4, 16)], {"a": methods.dense}, HereClock())
+    assert [row["failure"].split(" for ")[0] for row in rows] == ["out of memory"] * 2
 
 
 # Methods.
@@ -237,6 +252,6 @@ def _patch_with(patch: Any, **options: Any) -> Any:
 
 
 def test_lengths_are_doubled_until_they_are_beyond_the_limit(monkeypatch: Any) -> None:
-    monkeypatch.setattr(training.TrainingStep, "extra_bytes", lambda _, n: 1000 * n)
+    monkeypatch.setattr(training.TrainingStep, "peak_bytes", lambda _, n: 1000 * n)
     trained = training.Training(v=200, d=16, n=32, longest=4096, limit_bytes=300_000)
     assert training.peaks(trained, training.OURS) == {n: 1000 * n for n in (64, 128, 256, 512)}
