@@ -15,7 +15,7 @@ from typing import Any
 
 from . import training
 from .measure import RESULTS, CpuClock, Group, Row, line, measure, unmeasured, write
-from .methods import CHUNKED, COMPILED, CPU_METHODS, CPU_STATISTICS, DENSE, OURS, STATISTICS
+from .methods import COMPILED, CPU_METHODS, CPU_STATISTICS, DENSE, OURS, STATISTICS
 from .shapes import OVER_TOKENS, OVER_VOCABULARY, SHAPES
 from .step import Case, machine
 from .targets import cpu_verdicts, said
@@ -44,9 +44,7 @@ def plan() -> list[Group]:
         name for name in CPU_METHODS if "compile" not in name
     ]  # a minute of compiler saved
     vocabularies = [
-        (OVER_VOCABULARY, [Case(512, 128, v, eps)], some(*names))
-        for v in VOCABULARIES
-        for eps, names in ((0.1, (DENSE, OURS)), (0.0, (CHUNKED,)))  # which has no smoothing
+        (OVER_VOCABULARY, [Case(512, 128, v)], some(DENSE, COMPILED, OURS)) for v in VOCABULARIES
     ]
     return [
         (*at(MODEL, 0.1, 0.0), CPU_METHODS),

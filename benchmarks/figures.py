@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .measure import PRODUCTS, Row
-from .methods import CHUNKED, DENSE, OURS
+from .methods import COMPILED, DENSE, OURS
 from .shapes import OVER_TOKENS, OVER_VOCABULARY
 
 Points = list[tuple[float, float]]
 Series = dict[str, Points]  # by label
 
 DIGEST = "Digest"  # key of the PNG's text
-_COLOURS = {DENSE: "#6b7280", CHUNKED: "#d97706", OURS: "#1d4ed8", PRODUCTS: "#9ca3af"}
+_COLOURS = {DENSE: "#6b7280", COMPILED: "#d97706", OURS: "#1d4ed8", PRODUCTS: "#9ca3af"}
 _NO_SMOOTHING = ", ε = 0"
 _MODEL = "SmolLM2 135M"  # which every method runs on
 
@@ -30,10 +30,8 @@ def memory(rows: list[Row]) -> Series:
     """Return MiB beyond the gradients by vocabulary."""
     series: Series = {}
     for row in _training(rows, OVER_VOCABULARY):
-        # Without smoothing all are what they are with it, but for one.
-        if "extra_bytes" in row and (row["eps"] or row["method"] == CHUNKED):
-            label = row["method"] + ("" if row["eps"] else _NO_SMOOTHING)
-            series.setdefault(label, []).append((row["v"], row["extra_bytes"] / 2**20))
+        if "extra_bytes" in row and row["eps"]:
+            series.setdefault(row["method"], []).append((row["v"], row["extra_bytes"] / 2**20))
     return series
 
 
@@ -67,7 +65,7 @@ def draw_memory(axes: Any, series: Series) -> None:
     for label, points in series.items():
         _line(axes, label, points)
         size, mebibytes = points[-1]
-        if label in (DENSE, OURS):
+        if label != PRODUCTS:
             axes.annotate(
                 f"{mebibytes:,.0f} MiB", (size, mebibytes), (8, -3), textcoords="offset points",
                 color=_COLOURS[label], fontsize=9,
@@ -90,11 +88,10 @@ def draw_time(axes: Any, series: Series) -> None:
 
 def _line(axes: Any, label: str, points: Points) -> None:
     x, y = zip(*points, strict=True)
-    dashed = label.endswith(_NO_SMOOTHING) or label == PRODUCTS
-    style = {DENSE: "-", OURS: "-", CHUNKED: ":"}.get(label, "--")
+    dashed = label == PRODUCTS
     axes.plot(
-        x, y, style, marker="o", markersize=3 if dashed else 5, label=label,
-        color=_COLOURS[label.removesuffix(_NO_SMOOTHING)], linewidth=4 if label == DENSE else 2,
+        x, y, "--" if dashed else "-", marker="o", markersize=3 if dashed else 5, label=label,
+        color=_COLOURS[label], linewidth=4 if label == DENSE else 2,
         alpha=0.5 if label == DENSE else 1, zorder=3 if label == OURS else 2,
     )  # fmt: skip
 

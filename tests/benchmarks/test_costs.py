@@ -131,11 +131,7 @@ def test_whole_models_are_compared() -> None:
 
 def swept() -> Any:
     vocabulary = [
-        found | {"shape": OVER_VOCABULARY, "v": v, "method": name}
-        for v in (1000, 4000)
-        for found in rows()
-        if "extra_bytes" in found
-        for name in [found["method"].replace("TRL, fused head", methods.CHUNKED)]
+        found | {"shape": OVER_VOCABULARY, "v": v} for v in (1000, 4000) for found in rows()
     ]
     tokens = [found | {"shape": OVER_TOKENS, "n": n} for n in (64, 128) for found in rows()]
     tokens = [found for found in tokens if found["method"] in (methods.DENSE, methods.OURS)]
@@ -148,7 +144,6 @@ def test_figures_show_the_numbers_of_the_rows() -> None:
     assert figures.memory(found) == {
         methods.DENSE: [(1000, 320), (4000, 320)],
         methods.OURS: [(1000, 32), (4000, 32)],
-        f"{methods.CHUNKED}, ε = 0": [(1000, 64), (4000, 64)],
     }
     time = figures.time(found)
     assert [n for n, _ in time[methods.DENSE]] == [64, 128]
