@@ -40,9 +40,6 @@ def plan() -> list[Group]:
         v, d = SHAPES[shape]
         return shape, [Case(n, d, v, eps, **options) for eps in smoothings]
 
-    interpreted = [
-        name for name in CPU_METHODS if "compile" not in name
-    ]  # a minute of compiler saved
     vocabularies = [
         (OVER_VOCABULARY, [Case(512, 128, v)], some(DENSE, COMPILED, OURS)) for v in VOCABULARIES
     ]
@@ -54,7 +51,10 @@ def plan() -> list[Group]:
         *vocabularies,
         *((OVER_TOKENS, [Case(n, 256, 50257)], some(DENSE, OURS)) for n in SEQUENCES),
         (*at("Qwen2.5 0.5B", 0.1), some(DENSE, OURS)),
-        (*at(MODEL, 0.1, 0.0, dtype="bfloat16", n=256), some(*interpreted)),
+        (
+            *at(MODEL, 0.1, 0.0, dtype="bfloat16", n=256),
+            some(DENSE, "transformers, LabelSmoother", "TRL, fused head", OURS),
+        ),
     ]
 
 
