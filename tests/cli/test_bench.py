@@ -39,7 +39,7 @@ def test_time_and_memory_of_every_method(capsys):
     for row in said["rows"]:
         assert not row["failure"]
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
-        assert row["rounds"] >= 3
+        assert row["rounds"] >= 1
         assert row["error"] <= 1
         peaks[row["method"], row["mode"]] = row["extra_bytes"]
     if torch.get_num_threads() and None not in peaks.values():  # Linux
@@ -61,19 +61,19 @@ def test_a_table(capsys):
 @pytest.mark.usefixtures("unweighed")
 def test_tokens_are_chosen_and_the_reason_said(monkeypatch, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.setattr("levelhead.cli.bench._MOST", 64)
+    monkeypatch.setattr("levelhead.cli.bench._MOST", 128)
     said = bench(capsys, "tiny", "--dtype", "bf16")
     assert (said["hidden"], said["vocabulary"]) == (64, 259)
-    assert (said["tokens"], said["tokens_are"]) == (64, "enough for steady times")
+    assert (said["tokens"], said["tokens_are"]) == (128, "enough for steady times")
     monkeypatch.setattr("levelhead.cli.bench.product_seconds", lambda _: 3600.0)
-    assert bench(capsys, *SHAPE)["tokens"] == 16
+    assert bench(capsys, *SHAPE)["tokens_are"].startswith("the fewest")
 
 
 @pytest.mark.usefixtures("unweighed")
 def test_memory_limits_the_tokens(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "free", lambda _: 24 * 2**20)
+    monkeypatch.setattr(memory, "free", lambda _: 32 * 2**20)
     said = bench(capsys, *SHAPE)
-    assert 16 <= said["tokens"] < 512
+    assert 64 <= said["tokens"] < 512
     assert "free memory" in said["tokens_are"]
 
 

@@ -167,7 +167,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
 
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path, capsys):
     model = folder(tmp_path, transformers.T5Config())
-    assert "cannot load the config of" in refusal(capsys, model, "--tokens", 10)
+    assert "holds a T5Config: no causal language model" in refusal(capsys, model, "--tokens", 10)
 
 
 @pytest.mark.parametrize("tokens", ["0", "-1", "many"])

@@ -86,6 +86,9 @@ def load_skeleton(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> 
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
+            if "Unrecognized configuration class" in str(error):  # and a list of all others
+                kind = type(config).__name__
+                raise CliError(f"{name} holds a {kind}: no causal language model") from error
             raise _unusable("config", name, error) from error
 
 
