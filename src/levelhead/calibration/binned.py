@@ -144,9 +144,8 @@ def adaptive_bins(confidence: Any, correct: Any) -> int:
         algorithm 1.
     """
     confidence, correct = as_predictions(confidence, correct)
-    ties = list(ascending(confidence, correct))
-    right = torch.cat([tie.right for tie in ties]).cumsum(0)  # up to each distinct confidence
-    count = torch.cat([tie.right + tie.wrong for tie in ties]).cumsum(0)
+    pieces = [(ties.right, ties.right + ties.wrong) for ties in ascending(confidence, correct)]
+    right, count = (torch.cat(column).cumsum(0) for column in zip(*pieces, strict=True))
     bins = 1
     while bins < len(confidence) and _accuracy_rises(right, count, bins + 1):
         bins += 1

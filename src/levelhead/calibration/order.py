@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .predictions import CHUNK
+PIECE = 1 << 19  # rows sorted at a time
 
 
 class Ties(NamedTuple):
@@ -27,14 +27,23 @@ class Ties(NamedTuple):
 def ascending(score: Tensor, correct: Tensor) -> Iterator[Ties]:
     """Yields all distinct scores in order, in pieces; equal scores never part.
 
-    Sorting N float64 at once takes 24 N bytes or more. A piece has `CHUNK` rows or so, and costs
-    one more pass over the scores.
+    Sorting N float64 at once takes 24 N bytes or more. Scores are cut into ranges of some `PIECE`
+    rows, each found by one more pass over the scores. A cut is a score, and has a piece to itself:
+    of a softmax in float32, half may be exactly 1.0.
     """
-    for rows in _ranges(score):
-        if rows is None:
-            yield _ties(score, correct)
-        elif bool(rows.any()):
-            yield _ties(score[rows], correct[rows])
+    if len(score) <= PIECE:
+        yield _sorted(score, correct)
+        return
+    pieces = 1 + len(score) // PIECE
+    sample = _sample(score)
+    inner = sample[torch.arange(1, pieces) * len(sample) // pieces]
+    cuts = torch.unique(torch.cat([inner, torch.stack(score.aminmax())])).tolist()
+    yield _equal(score, correct, cuts[0])
+    for low, high in pairwise(cuts):
+        inside = (score > low) & (score < high)
+        if bool(inside.any()):
+            yield _sorted(score[inside], correct[inside])
+        yield _equal(score, correct, high)
 
 
 def quantile_edges(score: Tensor, bins: int) -> Tensor:
@@ -68,26 +77,13 @@ def _sample(score: Tensor) -> Tensor:
     return score[:: max(1, len(score) >> 16)].sort().values
 
 
-def _ranges(score: Tensor) -> Iterator[Tensor | None]:
-    """Masks of rows, in ascending order of score; None for all rows."""
-    if len(score) <= CHUNK:
-        yield None
-        return
-    sample = _sample(score)
-    pieces = 1 + len(score) // CHUNK
-    at = torch.arange(1, pieces) * len(sample) // pieces
-    cuts = [*torch.unique(sample[at]).tolist(), score.max().item()]
-    yield score < cuts[0]
-    for low, high in pairwise(cuts):
-        yield score == low  # by itself: a softmax in float32 is often exactly 1.0
-        yield (score > low) & (score < high)
-    yield score == cuts[-1]
+def _equal(score: Tensor, correct: Tensor, value: float) -> Ties:
+    equal = score == value
+    right = (equal & correct).sum().view(1)
+    return Ties(score.new_tensor([value]), right, equal.sum() - right)
 
 
-def _ties(score: Tensor, correct: Tensor) -> Ties:
-    if bool((score == score[0]).all()):
-        right = correct.sum().view(1)
-        return Ties(score[:1], right, len(score) - right)
+def _sorted(score: Tensor, correct: Tensor) -> Ties:
     score, order = score.sort()
     last = torch.ones_like(correct)  # whether the row is the last of its score
     torch.ne(score[1:], score[:-1], out=last[:-1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # rows
+CHUNK = 1 << 18  # rows
 
 
 def as_predictions(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,17 @@ References:
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .order import ascending
+from .order import Ties, ascending
 from .predictions import as_scores
+
+_EXACT = 8  # scipy's bound on the smaller group
+_EXACT_PAIRS = 10**6
 
 
 class Ranking(NamedTuple):
@@ -92,7 +96,8 @@ def mann_whitney_p(score: Any, correct: Any) -> float:
     """Two-sided p-value of the Mann-Whitney U test: do right and wrong answers score alike?
 
     As `scipy.stats.mannwhitneyu` chooses by itself: exact if no scores tie and the smaller group has
-    at most 8 answers, else the normal approximation with tie and continuity corrections.
+    at most 8 answers, else the normal approximation with tie and continuity corrections. (With more
+    than a million pairs the approximation serves too, where scipy would count for hours.)
 
     Args:
         score: As in `auroc`.
@@ -114,7 +119,7 @@ def mann_whitney_p(score: Any, correct: Any) -> float:
     if not right or not wrong:
         return math.nan
     lower = min(found.wins, right * wrong - found.wins)
-    if found.ties == 0 and min(right, wrong) <= _EXACT:
+    if found.ties == 0 and min(right, wrong) <= _EXACT and right * wrong <= _EXACT_PAIRS:
         return min(1.0, 2 * _share_of_orders(int(lower), min(right, wrong), max(right, wrong)))
     n = right + wrong
     variance = right * wrong / 12 * ((n + 1) - found.ties / (n * (n - 1)))
@@ -124,7 +129,7 @@ def mann_whitney_p(score: Any, correct: Any) -> float:
     return min(1.0, math.erfc(above / math.sqrt(2 * variance)))
 
 
-def risk_coverage(score: Any, correct: Any) -> RiskCoverage:
+def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> RiskCoverage:
     """Risk against coverage, if only the answers with the highest scores are given.
 
     The area is the mean, over k = 1 ... N, of the share of wrong answers among the k highest scores
@@ -135,14 +140,16 @@ def risk_coverage(score: Any, correct: Any) -> RiskCoverage:
     Args:
         score: As in `auroc`.
         correct: As in `auroc`.
+        points: To draw millions of scores: keep about this many rows, evenly spaced in coverage
+            (at most one more). The area is exact either way.
 
     Returns:
-        The curve at every distinct score, and its area. If all answers are right the risk is 0
+        The curve at every distinct score, or at `points` of them, and its area. If all answers are right the risk is 0
         everywhere, if all are wrong 1.
 
     Raises:
         TypeError: As `auroc`.
-        ValueError: As `auroc`.
+        ValueError: As `auroc`, or `points` is below 1.
 
     Example:
         >>> curve = risk_coverage([0.9, 0.8, 0.3, 0.1], [True, False, True, True])
@@ -156,31 +163,34 @@ def risk_coverage(score: Any, correct: Any) -> RiskCoverage:
         ICLR 2019.
     """
     score, correct = as_scores(score, correct)
-    threshold, right, wrong = (
-        torch.cat(part).flip(0) for part in zip(*ascending(score, correct), strict=True)
-    )
-    answered, errors = (right + wrong).cumsum(0), wrong.cumsum(0)
-    area = risk_sums(right, wrong, answered - right - wrong, errors - wrong).sum() / len(score)
-    return RiskCoverage(threshold, answered / len(score), errors / answered.double(), area.item())
+    if points is not None and points < 1:
+        raise ValueError(f"points must be at least 1, got {points}; leave it out to keep all")
+    total, area = len(score), 0.0
+    kept = []
+    for ties, right_above, wrong_above in _with_those_above(score, correct):
+        above = right_above + wrong_above
+        area += risk_sums(ties.right, ties.wrong, above, wrong_above).sum().item() / total
+        rows = ties.score, above + ties.right + ties.wrong, wrong_above + ties.wrong
+        kept.append(_thinned(*rows, total, points))
+    scores, answered, errors = (torch.cat(column) for column in zip(*kept, strict=True))
+    kept = [_thinned(scores, answered, errors, total, points)]  # pieces met between two steps
+    threshold, answered, errors = (column.flip(0) for column in kept[0])
+    return RiskCoverage(threshold, answered.double() / total, errors.double() / answered, area)
 
 
 def rank(score: Tensor, correct: Tensor) -> Ranking:
     """Everything that the order of checked scores says, in one pass over them."""
-    right_left, wrong_left = int(correct.sum()), int((~correct).sum())
-    right_seen = wrong_seen = twice_wins = 0
-    ties = risk = 0.0
-    for _, right, wrong in ascending(score, correct):
-        wrong_below = wrong_seen + wrong.cumsum(0) - wrong
-        twice_wins += int((right * (2 * wrong_below + wrong)).sum())
-        count = (right + wrong).double()
-        ties += (count.pow(3) - count).sum().item()
-        right_above = right_left - right.cumsum(0)
-        wrong_above = wrong_left - wrong.cumsum(0)
-        risk += risk_sums(right, wrong, right_above + wrong_above, wrong_above).sum().item()
-        right_seen, wrong_seen = right_seen + int(right.sum()), wrong_seen + int(wrong.sum())
-        right_left, wrong_left = int(right_above[-1]), int(wrong_above[-1])
-    aurc = risk / len(score)
-    return Ranking(right_seen, wrong_seen, twice_wins / 2, ties, aurc)
+    all_right, total = int(correct.sum()), len(score)
+    all_wrong = total - all_right
+    twice_wins, ties_term, risk = 0, 0.0, 0.0
+    for ties, right_above, wrong_above in _with_those_above(score, correct):
+        wrong_below = all_wrong - wrong_above - ties.wrong
+        twice_wins += int((ties.right * (2 * wrong_below + ties.wrong)).sum())
+        count = (ties.right + ties.wrong).double()
+        ties_term += (count.pow(3) - count).sum().item()
+        above = right_above + wrong_above
+        risk += risk_sums(ties.right, ties.wrong, above, wrong_above).sum().item()
+    return Ranking(all_right, all_wrong, twice_wins / 2, ties_term, risk / total)
 
 
 def risk_sums(right: Tensor, wrong: Tensor, above: Tensor, wrong_above: Tensor) -> Tensor:
@@ -192,13 +202,35 @@ def risk_sums(right: Tensor, wrong: Tensor, above: Tensor, wrong_above: Tensor) 
     """
     count = (right + wrong).double()
     above, wrong_above, wrong = above.double(), wrong_above.double(), wrong.double()
-    harmonic = torch.digamma(above + count + 1) - torch.digamma(above + 1)
-    harmonic = torch.where(count == 1, 1 / (above + 1), harmonic)
+    harmonic = torch.where(count > 0, 1 / (above + 1), 0.0)
+    several = count > 1
+    n = above[several]
+    harmonic[several] = torch.digamma(n + count[several] + 1) - torch.digamma(n + 1)
     share = torch.where(count > 0, wrong / count, 0.0)
     return wrong + (wrong_above - share * above) * harmonic
 
 
-_EXACT = 8  # scipy's bound on the smaller group
+def _with_those_above(score: Tensor, correct: Tensor) -> Iterator[tuple[Ties, Tensor, Tensor]]:
+    """Yields distinct scores, ascending, with how many higher ones were right, and wrong."""
+    right_left = int(correct.sum())
+    wrong_left = len(correct) - right_left
+    for ties in ascending(score, correct):
+        right_above = right_left - ties.right.cumsum(0)
+        wrong_above = wrong_left - ties.wrong.cumsum(0)
+        yield ties, right_above, wrong_above
+        right_left, wrong_left = int(right_above[-1]), int(wrong_above[-1])
+
+
+def _thinned(
+    score: Tensor, answered: Tensor, errors: Tensor, total: int, points: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ascending scores, the highest, and those whose coverage is the next of `points` steps."""
+    if points is None:
+        return score, answered, errors
+    step = answered * points // total
+    keep = torch.ones_like(step, dtype=torch.bool)
+    torch.ne(step[:-1], step[1:], out=keep[:-1])
+    return score[keep], answered[keep], errors[keep]
 
 
 def _share_of_orders(u: int, few: int, many: int) -> float:

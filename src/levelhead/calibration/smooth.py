@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .predictions import as_predictions, chunks
 
-GRID = 1 << 16  # steps across [0, 1]
+GRID = 1 << 14  # steps across [0, 1]
+_TOLERANCE = 1e-10
 
 
 def smooth_calibration_error(confidence: Any, correct: Any) -> float:
@@ -20,9 +21,9 @@ def smooth_calibration_error(confidence: Any, correct: Any) -> float:
     changes continuously with the predictions, where a binned error jumps, and lies within constant
     factors of the distance to the nearest calibrated predictor (and of its square root).
 
-    The residuals are spread over a grid of 65,536 steps, each over its two neighbours, and smoothed
-    by the fast Fourier transform: the result is right to about 1e-5 at most, and far better where
-    it is far above that.
+    The residuals are spread over a grid of 16,384 steps h, each over its two neighbours, and
+    smoothed by the fast Fourier transform. A result s is right to about h or h^2 / s, whichever is
+    less: 6e-5 at worst, 4e-7 at an error of 0.01.
 
     Args:
         confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
@@ -51,14 +52,20 @@ def smooth_error(confidence: Tensor, correct: Tensor) -> float:
     """`smooth_calibration_error` of checked columns."""
     residual = _residual_grid(confidence, correct, GRID)
     spectrum = torch.fft.rfft(_reflected(residual))
-    low, high = 0.0, 1.0  # smECE_s - s falls from above 0 to below it
-    for _ in range(50):
-        middle = (low + high) / 2
-        if _smoothed_error(spectrum, middle) > middle:
-            low = middle
+    # What the error is in excess of the bandwidth falls from above 0 at 0 to 0 or less at 1, with
+    # slope -1 or steeper: it bounds the distance to the zero, which regula falsi finds. An end that
+    # stays twice counts half (Illinois), or the bracket would close from one side only.
+    low, high, stayed = 0.0, 1.0, 0
+    above, below = _smoothed(spectrum, low), _smoothed(spectrum, high) - 1
+    at, excess = low, above
+    while abs(excess) > _TOLERANCE:
+        at = (low * below - high * above) / (below - above)
+        excess = _smoothed(spectrum, at) - at
+        if excess > 0:
+            low, above, below, stayed = at, excess, below / (2 if stayed > 0 else 1), 1
         else:
-            high = middle
-    return low
+            high, below, above, stayed = at, excess, above / (2 if stayed < 0 else 1), -1
+    return at
 
 
 def _residual_grid(confidence: Tensor, correct: Tensor, grid: int) -> Tensor:
@@ -80,7 +87,7 @@ def _reflected(mass: Tensor) -> Tensor:
     return torch.cat([ends, ends[1:-1].flip(0)])
 
 
-def _smoothed_error(spectrum: Tensor, bandwidth: float) -> float:
+def _smoothed(spectrum: Tensor, bandwidth: float) -> float:
     grid = len(spectrum) - 1
     frequency = math.pi * torch.arange(grid + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (bandwidth * frequency).square())

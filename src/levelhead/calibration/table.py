@@ -156,7 +156,7 @@ class ReliabilityTable:
         """Murphy's decomposition of the Brier score over these bins; see `brier_decomposition`."""
         total = self.pooled()
         base = total.accuracy
-        weight = self.count / total.count
+        weight = self.count.double() / total.count
         reliability = (weight * self.gap.square()).nansum()
         resolution = (weight * (self.accuracy - base).square()).nansum()
         uncertainty = base * (1 - base)

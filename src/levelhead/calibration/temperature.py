@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .predictions import CHUNK, as_classes, as_tensor
+from .predictions import as_classes, as_tensor
 
 BOUNDS = (0.01, 100.0)
-_ENTRIES = 8 * CHUNK  # of logits at a time, in float64
+_ENTRIES = 1 << 22  # logits at a time
 
 
 def fit_temperature(logits: Any, target: Any) -> float:
