@@ -152,6 +152,12 @@ def test_rows_of_one_cluster_are_one_unit(count):
     assert (apart.high - apart.low) == pytest.approx(wide / math.sqrt(2), rel=0.12)
 
 
+def test_large_cluster_ids_do_not_round_together():
+    run = predictions(100)
+    ids = [2**62 + i for i in range(100)]
+    assert repr(summarise(*run, cluster=ids)) == repr(summarise(*run))
+
+
 def test_the_seed_decides():
     run = predictions(100)
     assert repr(summarise(*run, seed=5)) == repr(summarise(*run, seed=5))
@@ -220,6 +226,7 @@ def test_more_resamples_than_fit_at_once(monkeypatch):
         (lambda r: summarise(*r, confidence_level=95), ValueError, "in (0, 1), got 95"),
         (lambda r: summarise(*r, cluster=[1]), ValueError, "cluster has 1 entries for 3 rows"),
         (lambda r: summarise(*r, bins=0), ValueError, "bins must be at least 1, got 0"),
+        (lambda r: compare(r, [0.5]), TypeError, "second must be a pair (confidence, correct)"),
         (lambda r: compare(r, r, cluster=[1, 1, 2]), ValueError, "pass paired=True"),
         (
             lambda r: compare(r, ([0.5], [1]), paired=True),

@@ -53,7 +53,9 @@ def test_anything_that_holds_numbers(score):
     assert auroc(score, correct) == 0.75
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize(
+    "dtype", [bool, np.int8, np.uint8, np.uint16, np.int64, np.float16, np.float64]
+)
 def test_outcomes_of_any_dtype(dtype):
     assert auroc(SCORE, np.array(CORRECT, dtype=dtype)) == 0.75
 

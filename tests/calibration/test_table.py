@@ -95,7 +95,18 @@ def test_long_columns_are_counted_in_pieces(monkeypatch):
 
 
 def test_the_empty_table_has_no_error():
-    assert math.isnan(ReliabilityTable.empty(torch.tensor([0.0, 0.5, 1.0])).error())
+    assert math.isnan(ReliabilityTable.empty().error())
+
+
+@pytest.mark.parametrize("bins", [2, [0, 0.5, 1], torch.tensor([0.0, 0.5, 1.0])])
+def test_an_empty_table_of_bins_or_edges(bins):
+    whole = reliability([0.2, 0.9], [0, 1], bins=2)
+    assert_equal(ReliabilityTable.empty(bins).merge(whole), whole)
+
+
+def test_an_empty_table_of_nothing():
+    with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
+        ReliabilityTable.empty(0)
 
 
 def test_a_table_survives_pickling_on_its_way_between_ranks():

@@ -13,7 +13,6 @@ References:
     Roelofs, Cain, Shlens, Mozer. Mitigating bias in calibration error estimation. AISTATS 2022.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,10 +20,9 @@ from torch import Tensor
 
 from .order import ascending, quantile_edges
 from .predictions import as_classes, as_predictions, as_tensor, check_choice
-from .table import Norm, ReliabilityTable, check_norm, tabulate
+from .table import Bins, Norm, ReliabilityTable, check_norm, fixed_edges, tabulate
 
 Binning = Literal["uniform", "quantile"]
-Bins = int | Sequence[float] | Tensor
 
 
 def reliability(
@@ -215,30 +213,15 @@ def _accuracy_rises(right: Tensor, count: Tensor, bins: int) -> bool:
 def bin_edges(confidence: Tensor, bins: Bins, binning: Binning) -> Tensor:
     """The edges that the options of `reliability` ask for, (B + 1,) float64, around all values."""
     check_choice("binning", binning, get_args(Binning))
-    if isinstance(bins, bool | float | str):
-        raise TypeError(
-            f"bins must be an int, got {bins!r}; pass a number of bins such as 10, or their edges"
-        )
-    if isinstance(bins, int):
-        if bins < 1:
+    edges = fixed_edges(bins)
+    if not isinstance(bins, int):
+        if binning != "uniform":
             raise ValueError(
-                f"bins must be at least 1, got {bins}; pass a number of bins such as 10"
+                f"binning={binning!r} cuts a number of bins, but bins holds their edges; "
+                "leave one of them out"
             )
-        if binning == "quantile":
-            return quantile_edges(confidence, bins)
-        # i / bins is rounded once, so the edge 3/10 is the float 0.3 itself; linspace misses it.
-        return torch.arange(bins + 1, dtype=torch.float64) / bins
-    if binning != "uniform":
-        raise ValueError(
-            f"binning={binning!r} cuts a number of bins, but bins holds their edges; leave one out"
-        )
-    edges = as_tensor("bins", bins).double()
-    if edges.dim() != 1 or len(edges) < 2 or not bool((edges[1:] >= edges[:-1]).all()):
-        raise ValueError(
-            f"bins must be an int or two or more edges in ascending order, got {bins!r}"
-        )
-    _check_inside(confidence, edges)
-    return edges
+        _check_inside(confidence, edges)
+    return quantile_edges(confidence, len(edges) - 1) if binning == "quantile" else edges
 
 
 def _check_inside(confidence: Tensor, edges: Tensor) -> None:

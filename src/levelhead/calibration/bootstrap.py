@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .binned import Binning, Bins, bin_edges
+from .binned import Binning, bin_edges
 from .predictions import as_predictions, as_scores, as_tensor, check_choice
 from .ranking import rank
 from .resampling import deal, draw, resampled_metrics, sum_blocks
 from .smooth import smooth_error
-from .table import tabulate
+from .table import Bins, tabulate
 
 METRICS = (
     "accuracy",
@@ -166,6 +166,11 @@ def compare(
     _check_options(metrics, resamples, confidence_level)
     if cluster is not None and not paired:
         raise ValueError("cluster names the rows of both runs: pass paired=True, or leave it out")
+    for name, run in (("first", first), ("second", second)):
+        if not isinstance(run, list | tuple) or len(run) != 2:
+            raise TypeError(
+                f"{name} must be a pair (confidence, correct), got {type(run).__name__}"
+            )
     samples = [_sample(*run, cluster, metrics, bins, binning) for run in (first, second)]
     lengths = [len(sample.correct) for sample in samples]
     if paired and lengths[0] != lengths[1]:

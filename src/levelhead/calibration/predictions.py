@@ -59,8 +59,10 @@ def as_tensor(name: str, values: Any) -> Tensor:
             if not array.flags.writeable or min(array.strides, default=0) < 0:
                 array = array.copy()  # torch takes neither without a word
             return torch.as_tensor(array)
-        # Straight to float64: a list of Python floats would pass through float32 and change bins.
-        return torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values)
+        # Python's floats again, straight to float64: through float32 they would change bins.
+        floats = tensor.is_floating_point()
+        return torch.tensor(values, dtype=torch.float64) if floats else tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a tensor, an array or a list of numbers, "

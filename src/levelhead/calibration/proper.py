@@ -7,8 +7,8 @@ be made small by saying the base rate of everything. For probabilities over C cl
 
 from typing import Any
 
-from .binned import Binning, Bins, reliability
-from .table import BrierDecomposition
+from .binned import Binning, reliability
+from .table import Bins, BrierDecomposition
 
 
 def negative_log_likelihood(confidence: Any, correct: Any) -> float:

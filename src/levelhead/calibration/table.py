@@ -1,15 +1,17 @@
 """Predictions counted into bins of confidence: sums that merge, and what follows from them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
 
-from .predictions import check_choice, chunks
+from .predictions import as_tensor, check_choice, chunks
 
 Norm = Literal["l1", "l2", "max"]
+Bins = int | Sequence[float] | Tensor
 
 
 class BrierDecomposition(NamedTuple):
@@ -47,7 +49,7 @@ class ReliabilityTable:
             nats, (B,) float64; see `negative_log_likelihood`.
 
     Example:
-        >>> table = ReliabilityTable.empty(torch.tensor([0.0, 0.5, 1.0]))
+        >>> table = ReliabilityTable.empty(bins=2)
         >>> for confidence, correct in [([0.9, 0.6], [1, 0]), ([0.8], [1])]:
         ...     table = table.merge(reliability(confidence, correct, bins=2))
         >>> table.count.tolist()
@@ -64,14 +66,19 @@ class ReliabilityTable:
     log_loss_sum: Tensor
 
     @classmethod
-    def empty(cls, edges: Tensor) -> Self:
+    def empty(cls, bins: Bins = 10) -> Self:
         """The table of no predictions: merged with another, it changes nothing.
 
         Args:
-            edges: Bounds of the bins, ascending, (B + 1,).
+            bins: Number of bins of equal width, or edges, as in `reliability`.
+
+        Raises:
+            TypeError: `bins` is neither an int nor edges.
+            ValueError: `bins` is below 1 or not ascending.
         """
+        edges = fixed_edges(bins)
         zeros = torch.zeros(len(edges) - 1, dtype=torch.float64)
-        return cls(edges.double(), zeros.long(), zeros.long(), zeros, zeros, zeros)
+        return cls(edges, zeros.long(), zeros.long(), zeros, zeros, zeros)
 
     @property
     def confidence(self) -> Tensor:
@@ -184,6 +191,27 @@ def log_loss(confidence: Tensor, correct: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float64).eps
     confidence = confidence.clamp(tiny, 1 - tiny)
     return -torch.where(correct, confidence, 1 - confidence).log()
+
+
+def fixed_edges(bins: Bins) -> Tensor:
+    """The edges that were given, or those of so many equal bins of [0, 1]; (B + 1,) float64."""
+    if isinstance(bins, bool | float | str):
+        raise TypeError(
+            f"bins must be an int, got {bins!r}; pass a number of bins such as 10, or their edges"
+        )
+    if isinstance(bins, int):
+        if bins < 1:
+            raise ValueError(
+                f"bins must be at least 1, got {bins}; pass a number of bins such as 10"
+            )
+        # i / bins is rounded once, so the edge 3/10 is the float 0.3 itself; linspace misses it.
+        return torch.arange(bins + 1, dtype=torch.float64) / bins
+    edges = as_tensor("bins", bins).double()
+    if edges.dim() != 1 or len(edges) < 2 or not bool((edges[1:] >= edges[:-1]).all()):
+        raise ValueError(
+            f"bins must be an int or two or more edges in ascending order, got {bins!r}"
+        )
+    return edges
 
 
 def check_norm(norm: str) -> None:
