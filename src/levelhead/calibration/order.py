@@ -40,8 +40,8 @@ def ascending(score: Tensor, correct: Tensor) -> Iterator[Ties]:
     cuts = torch.unique(torch.cat([inner, torch.stack(score.aminmax())])).tolist()
     yield _equal(score, correct, cuts[0])
     for low, high in pairwise(cuts):
-        inside = (score > low) & (score < high)
-        if bool(inside.any()):
+        inside = ((score > low) & (score < high)).nonzero().flatten()
+        if len(inside):
             yield _sorted(score[inside], correct[inside])
         yield _equal(score, correct, high)
 
