@@ -5,7 +5,7 @@ on a few more: with hard targets, with smoothed ones, and with each remedy that 
 that the fine-tuning has not seen gets the same ones. All models of a seed share the first model, the rows and their
 order, and are asked the same questions.
 
-    base            the model before fine-tuning
+    base            the model before fine-tuning, a language model of questions and answers
     hard targets    fine-tuned with cross-entropy
     smoothing       with label smoothing 0.1 (Huang et al. 2025)
       at T = 0.5    the same, at a training temperature that stays in place
@@ -65,12 +65,12 @@ class Recipe:
     """Rows and training, the same for every seed."""
 
     seeds: int = 5
-    first: int = 1000  # rows that the first model learns from
+    first: int = 2000  # rows that the first model learns from
     fine: int = 800
     unseen: int = 500
     test: int = 2000
     batch_size: int = 32
-    first_epochs: int = 3
+    first_epochs: int = 4
     first_rate: float = 2e-3
     epochs: int = 15
     rate: float = 2e-3
@@ -117,7 +117,13 @@ def repetition(recipe: Recipe, seed: int) -> dict[str, dict[str, float]]:
 
     pair = build_pair(len(vocabulary), smoothing=0.0, seed=seed, recipe=ModelRecipe(), device=CPU)
     base = train(
-        pair["dense"], first, recipe, epochs=recipe.first_epochs, rate=recipe.first_rate, seed=seed
+        pair["dense"],
+        first,
+        recipe,
+        epochs=recipe.first_epochs,
+        rate=recipe.first_rate,
+        seed=seed,
+        every_token=True,
     )
 
     def fine_tune(**options: Any) -> Any:
