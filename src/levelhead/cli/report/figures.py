@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -127,7 +126,7 @@ def _bins(table: Numbers) -> list[Numbers]:
     ]
 
 
-def pictures(kind: Numbers) -> dict[str, Figure]:
+def curves(kind: Numbers) -> dict[str, Figure]:
     """Everything but the reliability diagrams, by name."""
     groups = kind["groups"] or [kind["overall"]]
     drawn = {"risk_coverage": _risk_coverage(groups)}
@@ -263,13 +262,6 @@ def _shortened(name: str, most: int = 26) -> str:
     """A name that fits; matplotlib takes dollars for formulas."""
     text = name if len(name) <= most else f"{name[: most - 1]}…"
     return text.replace("$", r"\$")
-
-
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes a picture as PNG and as SVG."""
-    with style():
-        figure.savefig(folder / f"{name}.png", dpi=160)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def _laid_out(figure: Figure) -> Figure:

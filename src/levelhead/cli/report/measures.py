@@ -89,7 +89,7 @@ def _measure(
     numbers: Numbers = {
         "name": name,
         "answers": len(score),
-        "right": int(correct.sum()),
+        "right": int(torch.count_nonzero(correct)),
         "metrics": _metrics(score, correct, probability, settings),
         "strata": described if within else [],
         "macro": {
@@ -116,7 +116,7 @@ def _measure(
 
 
 def _stratum(groups: dict[str, str], score: Tensor, correct: Tensor) -> Numbers:
-    right = int(correct.sum())
+    right = int(torch.count_nonzero(correct))
     both = 0 < right < len(correct)
     return {
         "groups": groups,
@@ -151,7 +151,7 @@ def _curve(score: Tensor, correct: Tensor) -> Numbers:
     at = torch.arange(_POINTS) * len(sample) // _POINTS
     edges = torch.unique(torch.cat([low.view(1), sample[at], high.view(1)]))
     if len(edges) == 1:
-        risk = 1 - correct.double().mean().item()
+        risk = 1 - int(torch.count_nonzero(correct)) / len(correct)
         return {"threshold": [low.item()], "coverage": [1.0], "risk": [risk]}
     if low < 0 or high > 1:  # counting needs no probabilities, but asks for numbers in [0, 1]
         score, cuts = (score - low).div_(high - low), (edges - low) / (high - low)

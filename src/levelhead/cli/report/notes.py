@@ -81,7 +81,8 @@ def definitions(settings: Settings) -> dict[str, str]:
         "k, over all k. Lower is better.",
         "points per question": f"+1 for a right answer, 0 for a withheld one, minus the cost of a wrong one. "
         f"The threshold is the best on {settings.labels} answers with known outcome, spread over the "
-        f"strata; points are those of all other answers, means over {SPLITS} random choices of the labelled.",
+        f"strata; points are those of all other answers, means over {SPLITS} random "
+        "choices of the labelled ones, with the lowest and the highest in brackets.",
         "95% interval": "Percentile bootstrap over answers, 1000 resamples; answers count as independent.",
         "r": "Pearson's correlation over the rows of the table, with a 95% interval by Fisher's "
         "transformation where there are four or more.",

@@ -3,19 +3,17 @@
 from html import escape
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from . import figures
 from .css import CSS
-from .style import inline_svg
+from .style import inline, svg
 from .tables import Table, comparison_table, main_table, measures_table, payoff_table, strata_table
 from .words import findings
 
 Numbers = dict[str, Any]
 
 
-def page(results: Numbers, drawn: dict[str, Figure]) -> str:
-    """The whole page, with the figures of `figures.pictures`."""
+def page(results: Numbers, drawn: dict[str, str]) -> str:
+    """The whole page, with the SVG of every figure of `figures.curves`."""
     title = escape(results["title"])
     body = "\n".join(part for part in _sections(results, drawn) if part)
     return (
@@ -25,7 +23,7 @@ def page(results: Numbers, drawn: dict[str, Figure]) -> str:
     )
 
 
-def _sections(results: Numbers, drawn: dict[str, Figure]) -> list[str]:
+def _sections(results: Numbers, drawn: dict[str, str]) -> list[str]:
     by, kinds = results["by"], results["scores"]
     first = next(iter(kinds.values()))
     rows = first["groups"] or [first["overall"]]
@@ -73,15 +71,15 @@ def _content(cell: Any) -> str:
     return escape(cell.text) + small
 
 
-def _figure(figure: Figure, name: str, description: str) -> str:
-    return f"<figure>{inline_svg(figure, name, description)}</figure>"
+def _figure(text: str, name: str, description: str) -> str:
+    return f"<figure>{inline(text, name, description)}</figure>"
 
 
 def _reliability(rows: list[Numbers]) -> str:
     shown = rows[: figures.MOST_PANELS]
     panels = "\n".join(
         _figure(
-            figures.reliability_panel(row),
+            svg(figures.reliability_panel(row)),
             f"reliability{index}",
             f"Reliability diagram of {row['name']}",
         )
@@ -100,7 +98,7 @@ def _left_out(rows: list[Numbers], shown: int) -> str:
     return "" if shown == len(rows) else f" The first {shown} of {len(rows)} are drawn."
 
 
-def _curves(kind: Numbers, by: str | None, drawn: dict[str, Figure]) -> str:
+def _curves(kind: Numbers, by: str | None, drawn: dict[str, str]) -> str:
     rows = kind["groups"] or [kind["overall"]]
     shown = min(len(rows), figures.MOST_LINES)
     curves = {name: figure for name, figure in drawn.items() if not name.startswith("accuracy")}
@@ -114,15 +112,14 @@ def _curves(kind: Numbers, by: str | None, drawn: dict[str, Figure]) -> str:
     )
 
 
-def _relations(drawn: dict[str, Figure]) -> str:
+def _relations(drawn: dict[str, str]) -> str:
     pictures = {name: figure for name, figure in drawn.items() if name.startswith("accuracy")}
     return f"<h2>Do better groups know better?</h2>\n{_gallery(pictures)}" if pictures else ""
 
 
-def _gallery(pictures: dict[str, Figure]) -> str:
+def _gallery(pictures: dict[str, str]) -> str:
     items = "\n".join(
-        _figure(figure, name, figure.axes[0].get_title(loc="left"))
-        for name, figure in pictures.items()
+        _figure(text, name, name.replace("_", " ").capitalize()) for name, text in pictures.items()
     )
     return f'<div class="gallery">\n{items}\n</div>\n'
 

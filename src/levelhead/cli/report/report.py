@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import levelhead
@@ -18,6 +19,7 @@ from .measures import Settings, measure_all
 from .notes import definitions, notes, subtitle, title
 from .page import page
 from .reading import KIND, Choice, Reading, read
+from .style import style, svg
 from .terminal import show
 
 _DEFAULT = Path("levelhead-report")
@@ -104,11 +106,18 @@ def _measured(
 
 def _write(results: Numbers, folder: Path) -> None:
     kind = next(iter(results["scores"].values()))
-    drawn = figures.pictures(kind)
-    write_json(folder / "results.json", results)
-    (folder / "report.html").write_text(page(results, drawn), encoding="utf-8")
-    for name, figure in drawn.items():
-        figures.save(figure, folder, name)
+    pictures = {name: _save(figure, folder, name) for name, figure in figures.curves(kind).items()}
     if kind["probability"]:
         rows = (kind["groups"] or [kind["overall"]])[: figures.MOST_PANELS]
-        figures.save(figures.reliability_grid(rows), folder, "reliability")
+        _save(figures.reliability_grid(rows), folder, "reliability")
+    write_json(folder / "results.json", results)
+    (folder / "report.html").write_text(page(results, pictures), encoding="utf-8")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> str:
+    """Writes a picture as PNG and as SVG, and returns the latter."""
+    text = svg(figure)
+    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+    with style():
+        figure.savefig(folder / f"{name}.png", dpi=160)
+    return text

@@ -2,6 +2,7 @@
 
 import io
 import re
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -45,25 +46,28 @@ def style() -> Any:
     return matplotlib.rc_context(_STYLE)
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an element of a page, with the page's colours.
+def svg(figure: Figure) -> str:
+    """The figure as the text of an SVG file, the same for the same figure."""
+    file = io.StringIO()
+    with style():
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def inline(svg: str, name: str, description: str) -> str:
+    """An SVG as an element of a page, with the page's colours.
 
     Args:
-        figure: Drawn within `style()`.
+        svg: From `svg`.
         name: Unique on the page; identifiers in the SVG begin with it.
         description: What it shows, for those who cannot see it.
     """
-    file = io.StringIO()
-    with style():
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].rstrip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'(<svg [^>]*?)width="[^"]*" ', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg, count=1)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    size = f'style="max-width: {110 * figure.get_figwidth():.0f}px"'
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" {size} ', 1).rstrip()
+    points = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    size = f'style="max-width: {1.5 * points:.0f}px"'
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" {size} ', 1)
