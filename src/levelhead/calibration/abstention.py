@@ -58,7 +58,8 @@ def abstention_threshold(score: Any, correct: Any, *, wrong: float = 1.0) -> flo
         correctness on multiple-choice Q&A. TMLR 2025, arXiv 2402.13213, section on abstention.
     """
     score, correct = _checked(score, correct, wrong)
-    right_left, wrong_left = int(correct.sum()), int((~correct).sum())
+    right_left = int(torch.count_nonzero(correct))
+    wrong_left = len(correct) - right_left
     best, threshold = right_left - wrong * wrong_left, -math.inf
     for scores, right, misses in ascending(score, correct):
         # What is left to answer from each score on, this one included.
@@ -96,8 +97,8 @@ def payoff(score: Any, correct: Any, threshold: float, *, wrong: float = 1.0) ->
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan; -inf answers all, +inf none")
     answered = score >= threshold
-    right = int((answered & correct).sum())
-    misses = int(answered.sum()) - right
+    right = int(torch.count_nonzero(answered & correct))
+    misses = int(torch.count_nonzero(answered)) - right
     return Payoff((right - wrong * misses) / len(score), 1 - (right + misses) / len(score))
 
 
@@ -108,6 +109,6 @@ def _checked(score: Any, correct: Any, wrong: float) -> tuple[Tensor, Tensor]:
             "pass wrong=1 for a payoff of -1"
         )
     score, correct = as_scores(score, correct)
-    if bool(torch.isinf(score).any()):
+    if not all(map(math.isfinite, map(float, score.aminmax()))):
         raise ValueError("score holds infinities, which no threshold divides; pass finite scores")
     return score, correct

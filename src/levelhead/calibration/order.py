@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PIECE = 1 << 19  # rows sorted at a time
+from .predictions import CHUNK, chunks
+
+PIECE = 1 << 17  # rows sorted at a time
 
 
 class Ties(NamedTuple):
@@ -40,7 +42,7 @@ def ascending(score: Tensor, correct: Tensor) -> Iterator[Ties]:
     cuts = torch.unique(torch.cat([inner, torch.stack(score.aminmax())])).tolist()
     yield _equal(score, correct, cuts[0])
     for low, high in pairwise(cuts):
-        inside = ((score > low) & (score < high)).nonzero().flatten()
+        inside = _between(score, low, high)
         if len(inside):
             yield _sorted(score[inside], correct[inside])
         yield _equal(score, correct, high)
@@ -77,10 +79,22 @@ def _sample(score: Tensor) -> Tensor:
     return score[:: max(1, len(score) >> 16)].sort().values
 
 
+def _between(score: Tensor, low: float, high: float) -> Tensor:
+    """Positions of the scores above `low` and below `high`."""
+    found = [
+        ((part > low) & (part < high)).nonzero().flatten().add_(CHUNK * i)
+        for i, (part,) in enumerate(chunks(score))
+    ]
+    return torch.cat(found)
+
+
 def _equal(score: Tensor, correct: Tensor, value: float) -> Ties:
-    equal = score == value
-    right = (equal & correct).sum().view(1)
-    return Ties(score.new_tensor([value]), right, equal.sum() - right)
+    right = wrong = 0
+    for part, outcome in chunks(score, correct):
+        equal = part == value
+        found = int(torch.count_nonzero(equal & outcome))
+        right, wrong = right + found, wrong + int(torch.count_nonzero(equal)) - found
+    return Ties(score.new_tensor([value]), torch.tensor([right]), torch.tensor([wrong]))
 
 
 def _sorted(score: Tensor, correct: Tensor) -> Ties:

@@ -5,7 +5,7 @@ Whatever runs over all rows takes `CHUNK` of them at a time, so ten million need
 than the input itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def as_predictions(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:
 def as_scores(score: Any, correct: Any) -> tuple[Tensor, Tensor]:
     """Scores (N,) float64, any number but NaN, and outcomes (N,) bool, at least one of each."""
     score, correct = _as_columns("score", score, correct)
-    _check_values("score", score, valid=~score.isnan(), expected="a number, not NaN")
+    _check_values("score", score, valid=lambda part: ~part.isnan(), expected="a number, not NaN")
     return score, correct
 
 
@@ -38,7 +38,7 @@ def check_probabilities(name: str, values: Tensor) -> None:
     _check_values(
         name,
         values,
-        valid=(values >= 0) & (values <= 1),
+        valid=lambda part: (part >= 0) & (part <= 1),
         expected="a probability in [0, 1]; take the softmax of logits, divide percentages by 100",
     )
 
@@ -81,7 +81,7 @@ def as_classes(name: str, values: Tensor, target: Any) -> Tensor:
     _check_values(
         "target",
         classes,
-        valid=(classes >= 0) & (classes < values.shape[1]) & (classes == classes.long()),
+        valid=lambda part: (part >= 0) & (part < values.shape[1]) & (part == part.long()),
         expected=f"a class, an integer from 0 to {values.shape[1] - 1}",
     )
     return classes.long()
@@ -103,16 +103,20 @@ def _as_columns(name: str, values: Any, correct: Any) -> tuple[Tensor, Tensor]:
         _check_values(
             "correct",
             correct,
-            valid=(correct == 0) | (correct == 1),
+            valid=lambda part: (part == 0) | (part == 1),
             expected="a boolean, 0 or 1; compare the predicted ids with the target ids first",
         )
     return values.double(), correct.bool()
 
 
-def _check_values(name: str, values: Tensor, *, valid: Tensor, expected: str) -> None:
-    if not bool(valid.all()):
-        first = int((~valid).nonzero()[0])
-        raise ValueError(
-            f"{name} holds {values[first].item():g} at position {first} "
-            f"({int((~valid).sum())} such of {len(values)}); each value must be {expected}"
-        )
+def _check_values(
+    name: str, values: Tensor, *, valid: Callable[[Tensor], Tensor], expected: str
+) -> None:
+    if all(bool(valid(part).all()) for (part,) in chunks(values)):
+        return
+    bad = (~valid(values)).nonzero()
+    first = int(bad[0])
+    raise ValueError(
+        f"{name} holds {values[first].item():g} at position {first} "
+        f"({len(bad)} such of {len(values)}); each value must be {expected}"
+    )

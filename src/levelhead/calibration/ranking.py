@@ -180,7 +180,7 @@ def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> Ris
 
 def rank(score: Tensor, correct: Tensor) -> Ranking:
     """Everything that the order of checked scores says, in one pass over them."""
-    all_right, total = int(correct.sum()), len(score)
+    all_right, total = int(torch.count_nonzero(correct)), len(score)
     all_wrong = total - all_right
     twice_wins, ties_term, risk = 0, 0.0, 0.0
     for ties, right_above, wrong_above in _with_those_above(score, correct):
@@ -212,7 +212,7 @@ def risk_sums(right: Tensor, wrong: Tensor, above: Tensor, wrong_above: Tensor) 
 
 def _with_those_above(score: Tensor, correct: Tensor) -> Iterator[tuple[Ties, Tensor, Tensor]]:
     """Yields distinct scores, ascending, with how many higher ones were right, and wrong."""
-    right_left = int(correct.sum())
+    right_left = int(torch.count_nonzero(correct))
     wrong_left = len(correct) - right_left
     for ties in ascending(score, correct):
         right_above = right_left - ties.right.cumsum(0)

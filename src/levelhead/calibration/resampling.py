@@ -18,7 +18,7 @@ from .table import bin_index, log_loss, squared_error
 
 BLOCKS = 2000
 CELLS = 512
-_BATCH = 1000  # resamples at a time
+_BATCH = 250  # resamples at a time
 
 
 class BlockSums(NamedTuple):
