@@ -92,7 +92,7 @@ def test_of_several_processes_one_prints(monkeypatch, capsys):
         (["demo"], "transformers", "demo"),
         (["sft", "tiny", "d.jsonl", "--output", "o"], "datasets", "sft"),
         (["report", "a.csv", "--json"], "pyarrow", "report"),
-        (["report", "a.csv", "--json"], "matplotlib", "report"),
+        (["report", "a.csv"], "matplotlib", "report"),
         (["doctor"], "rich", "cli"),
     ],
 )

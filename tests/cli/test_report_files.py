@@ -33,6 +33,7 @@ def results(capsys):
     """Runs a report, and returns what it prints as JSON."""
 
     def run(*arguments):
+        capsys.readouterr()
         assert main(["report", "--json", *map(str, arguments)]) == 0
         return json.loads(capsys.readouterr().out)
 
@@ -179,3 +180,34 @@ def test_conditions_leave_rows_out_and_errors_keep_their_numbers(tmp_path, resul
     assert results(path, "--where", "task=fine")["answers"] == 2
     path.write_text("confidence,correct,task\n0.1,1,bad\n0.5,1,fine\n7,0,fine\n")
     assert f"{path}, row 3: " in failure(path, "--where", "task=fine")
+
+
+def test_a_file_of_levelhead_score(tmp_path, results):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "question": f"{i} + 1?",
+                    "choices": [str(i), str(i + 1), str(i + 2)],
+                    "answer": 1,
+                    "group": "even" if i % 2 == 0 else "odd",
+                }
+            )
+            + "\n"
+            for i in range(12)
+        )
+    )
+    scores = tmp_path / "scores.parquet"
+    assert main(["score", "tiny", str(questions), "-o", str(scores)]) == 0
+    rows = parquet.read_table(scores).to_pydict()
+    found = results(scores)
+    (kind,) = found["scores"].values()
+    assert found["by"] == "group"
+    assert [row["name"] for row in kind["groups"]] == list(dict.fromkeys(rows["group"]))
+    accuracy = kind["overall"]["metrics"]["accuracy"]["estimate"]
+    assert accuracy == pytest.approx(sum(rows["correct"]) / 12)
+    confidence = kind["overall"]["metrics"]["mean_confidence"]["estimate"]
+    assert confidence == pytest.approx(sum(rows["confidence"]) / 12)
+    logits = results(scores, "--confidence", "max_logit")["scores"]["max_logit"]
+    assert not logits["probability"]

@@ -1,6 +1,7 @@
 """`levelhead report`: whether confidence means anything, from answers that were graded."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,14 @@ def run(arguments: argparse.Namespace) -> None:
     """
     try:
         from .report import report
+
+        if arguments.output or not arguments.json:
+            _need("matplotlib")  # last, but better missed first
     except ModuleNotFoundError as error:
         raise missing_extra(error, "report", {"matplotlib", "numpy", "pyarrow", "rich"}) from error
     report(arguments)
+
+
+def _need(package: str) -> None:
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(name=package)

@@ -7,6 +7,7 @@ import pyarrow
 from pyarrow import compute
 
 PROBABILITIES = ("confidence", "msp", "probability", "choice_probability")
+NO_PROBABILITIES = ("max_logit",)  # wherever their values lie
 SCORES = ("confidence", "score", "msp", "probability", "max_logit")
 OUTCOMES = ("correct", "grade", "is_correct", "acc")
 IDENTITIES = ("question_id", "doc_id", "id", "doc_hash")

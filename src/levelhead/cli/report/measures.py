@@ -20,6 +20,7 @@ from levelhead.calibration import (
 
 from .abstention import PAYOFFS, abstention
 from .answers import Answers
+from .columns import NO_PROBABILITIES
 from .layout import Layout
 from .reading import KIND
 
@@ -49,23 +50,26 @@ def measure_all(answers: Answers, kind: str, layout: Layout, settings: Settings)
     kinds = {kind: answers}
     if KIND in answers.columns:
         kinds = {key[0]: part for key, part in answers.split([KIND]).items()}
-    return {name: _measure_kind(part, layout, settings) for name, part in kinds.items()}
+    return {name: _measure_kind(name, part, layout, settings) for name, part in kinds.items()}
 
 
-def _measure_kind(answers: Answers, layout: Layout, settings: Settings) -> Numbers:
+def _measure_kind(name: str, answers: Answers, layout: Layout, settings: Settings) -> Numbers:
     score, _ = answers.tensors()
     low, high = score.min().item(), score.max().item()
-    probability = low >= 0 and high <= 1
+    probability = name not in NO_PROBABILITIES and low >= 0 and high <= 1
     rows = answers.split([layout.by]) if layout.by in answers.columns else {}
     groups = [
-        _measure(name, part, layout.within, probability, settings)
-        for (name,), part in rows.items()
+        _measure(row, part, layout.within, probability, settings)
+        for (row,), part in rows.items()
         if len(rows) > 1
     ]
-    columns = (layout.by, *layout.within) if groups and layout.by else layout.within
-    overall = _measure("all", answers, columns, probability, settings)
-    if groups:
+    if groups and layout.by and layout.within:
+        known = [stratum for group in groups for stratum in group["strata"]]
+        columns = (layout.by, *layout.within)
+        overall = _measure("all", answers, columns, probability, settings, known)
         overall["strata"] = []  # those of the groups
+    else:
+        overall = _measure("all", answers, layout.within, probability, settings)
     return {
         "lowest": low,
         "highest": high,
@@ -77,34 +81,29 @@ def _measure_kind(answers: Answers, layout: Layout, settings: Settings) -> Numbe
 
 
 def _measure(
-    name: str, answers: Answers, within: tuple[str, ...], probability: bool, settings: Settings
+    name: str,
+    answers: Answers,
+    within: tuple[str, ...],
+    probability: bool,
+    settings: Settings,
+    known: list[Numbers] | None = None,
 ) -> Numbers:
+    """A row of the main table; `known` are its strata, if they are."""
     score, correct = answers.tensors()
-    strata = answers.split(within)
-    described = [
-        _stratum(dict(zip(within, key, strict=True)), *part.tensors())
-        for key, part in strata.items()
+    parts = {key: part.tensors() for key, part in answers.split(within).items()}
+    strata = known or [
+        _stratum(dict(zip(within, key, strict=True)), *part) for key, part in parts.items()
     ]
-    ranked = [stratum for stratum in described if stratum["auroc"] is not None]
     numbers: Numbers = {
         "name": name,
         "answers": len(score),
         "right": int(torch.count_nonzero(correct)),
         "metrics": _metrics(score, correct, probability, settings),
-        "strata": described if within else [],
-        "macro": {
-            "strata": len(described),
-            "ranked": len(ranked),
-            "accuracy": fmean(stratum["accuracy"] for stratum in described),
-            "auroc": fmean(stratum["auroc"] for stratum in ranked) if ranked else None,
-            "significant": sum(stratum["p"] < SIGNIFICANT for stratum in ranked),
-        },
+        "strata": strata if within else [],
+        "macro": _macro(strata),
         "abstention": [
             abstention(
-                [part.tensors() for part in strata.values()],
-                labels=settings.labels,
-                wrong=wrong,
-                seed=settings.seed,
+                list(parts.values()), labels=settings.labels, wrong=wrong, seed=settings.seed
             )
             for wrong in PAYOFFS
         ],
@@ -124,6 +123,18 @@ def _stratum(groups: dict[str, str], score: Tensor, correct: Tensor) -> Numbers:
         "accuracy": right / len(correct),
         "auroc": auroc(score, correct) if both else None,
         "p": mann_whitney_p(score, correct) if both else None,
+    }
+
+
+def _macro(strata: list[Numbers]) -> Numbers:
+    """Means over strata, and in how many confidence tells right from wrong."""
+    ranked = [stratum for stratum in strata if stratum["auroc"] is not None]
+    return {
+        "strata": len(strata),
+        "ranked": len(ranked),
+        "accuracy": fmean(stratum["accuracy"] for stratum in strata),
+        "auroc": fmean(stratum["auroc"] for stratum in ranked) if ranked else None,
+        "significant": sum(stratum["p"] < SIGNIFICANT for stratum in ranked),
     }
 
 

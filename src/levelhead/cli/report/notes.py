@@ -5,7 +5,7 @@ from typing import Any
 from . import harness
 from .abstention import SPLITS
 from .answers import Answers
-from .columns import EMPTY
+from .columns import EMPTY, NO_PROBABILITIES
 from .layout import Layout
 from .measures import Settings
 from .reading import FILE, KIND, Reading
@@ -39,9 +39,10 @@ def notes(reading: Reading, scores: dict[str, Numbers], plan: Layout) -> list[st
         said.append(f"Confidence is the {harness.CONFIDENCE}: largest probability among them.")
     for name, kind in scores.items():
         if not kind["probability"]:
-            hundred = kind["lowest"] >= 0 and kind["highest"] <= 100
+            hundred = kind["lowest"] >= 0 and 1 < kind["highest"] <= 100
+            hundred = hundred and name not in NO_PROBABILITIES
             said.append(
-                f"{name} goes from {kind['lowest']:g} to {kind['highest']:g}, which is no "
+                f"{name} goes from {kind['lowest']:g} to {kind['highest']:g} and is no "
                 "probability: it is ranked (AUROC, withholding), not judged for calibration."
                 + (" If these are percentages, divide by 100." if hundred else "")
             )

@@ -89,6 +89,8 @@ def read(paths: list[Path], choice: Choice) -> Reading:
     Raises:
         CliError: A file cannot be read, lacks a column, or has a bad row; or files do not fit.
     """
+    # What Arrow frees is then there for measuring; its own pool would keep it.
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     names = _names(paths)
     files = [open_file(path) for path in paths]
     plans = [_plan(file, choice, name) for file, name in zip(files, names, strict=True)]
@@ -97,7 +99,6 @@ def read(paths: list[Path], choice: Choice) -> Reading:
     known: dict[object, int] = {}
     for plan in plans:
         _read_file(plan, cells, choice.groups, identity, known)
-    pyarrow.default_memory_pool().release_unused()  # or it counts against what comes next
     if not len(cells):
         raise CliError(_nothing(choice))
     ranges = _ranges(cells)

@@ -5,21 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import levelhead
 
-from ..output import make_folder, write_json
-from . import figures
+from ..output import make_folder
 from .answers import Answers, in_one_block
 from .comparison import compared, comparison
 from .layout import Layout, layout
 from .measures import Settings, measure_all
 from .notes import definitions, notes, subtitle, title
-from .page import page
 from .reading import KIND, Choice, Reading, read
-from .style import style, svg
 from .terminal import show
 
 _DEFAULT = Path("levelhead-report")
@@ -38,7 +34,10 @@ def report(arguments: argparse.Namespace) -> None:
         make_folder(output)
     results = _results(arguments)
     if output is not None:
-        _write(results, output)
+        # Only now, when the answers are gone: matplotlib takes 33 MiB.
+        from .writing import write
+
+        write(results, output)
     if arguments.json:
         Console(soft_wrap=True, highlight=False, markup=False).print(
             json.dumps(results, indent=2, allow_nan=False)
@@ -102,22 +101,3 @@ def _measured(
         "notes": notes(reading, scores, plan),
         "definitions": definitions(settings),
     }
-
-
-def _write(results: Numbers, folder: Path) -> None:
-    kind = next(iter(results["scores"].values()))
-    pictures = {name: _save(figure, folder, name) for name, figure in figures.curves(kind).items()}
-    if kind["probability"]:
-        rows = (kind["groups"] or [kind["overall"]])[: figures.MOST_PANELS]
-        _save(figures.reliability_grid(rows), folder, "reliability")
-    write_json(folder / "results.json", results)
-    (folder / "report.html").write_text(page(results, pictures), encoding="utf-8")
-
-
-def _save(figure: Figure, folder: Path, name: str) -> str:
-    """Writes a picture as PNG and as SVG, and returns the latter."""
-    text = svg(figure)
-    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
-    with style():
-        figure.savefig(folder / f"{name}.png", dpi=160)
-    return text
