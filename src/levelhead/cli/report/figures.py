@@ -138,8 +138,7 @@ def curves(kind: Numbers) -> dict[str, Figure]:
 def _risk_coverage(groups: list[Numbers]) -> Figure:
     """The share of wrong answers among those given, as more of the least confident are given."""
     with style():
-        figure = Figure(figsize=(4.3, 3.9), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _frame(len(groups))
         for line, group in _lines(groups):
             curve = group["curve"]
             axes.plot(curve["coverage"], curve["risk"], **line)
@@ -150,14 +149,13 @@ def _risk_coverage(groups: list[Numbers]) -> Figure:
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.yaxis.set_major_formatter(_PERCENT)
         _legend(figure, axes, len(groups))
-        return _laid_out(figure)
+        return figure
 
 
 def _payoff(groups: list[Numbers], wrong: float, probability: bool) -> Figure:
     """Points per question when answers below a threshold are withheld."""
     with style():
-        figure = Figure(figsize=(4.3, 3.9), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _frame(len(groups))
         for line, group in _lines(groups):
             curve = group["curve"]
             payoff = [
@@ -173,7 +171,7 @@ def _payoff(groups: list[Numbers], wrong: float, probability: bool) -> Figure:
             axes.set_xlim(0, 1)
             axes.xaxis.set_major_formatter(_PERCENT)
         _legend(figure, axes, len(groups))
-        return _laid_out(figure)
+        return figure
 
 
 def _lines(groups: list[Numbers]) -> Iterable[tuple[Numbers, Numbers]]:
@@ -189,10 +187,18 @@ def _lines(groups: list[Numbers]) -> Iterable[tuple[Numbers, Numbers]]:
         )
 
 
+def _frame(count: int) -> tuple[Figure, Axes]:
+    """A figure with room for the legend of some lines; matplotlib's own layout takes a second more."""
+    legend = 0.2 * math.ceil(min(count, MOST_LINES) / 3) if count > 1 else 0  # inches
+    height = 3.5 + legend
+    figure = Figure(figsize=(4.3, height))
+    figure.subplots_adjust(0.16, (0.54 + legend) / height, 0.94, 1 - 0.32 / height)
+    return figure, figure.subplots()
+
+
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
     if count > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, count), fontsize=9)
+        figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=9)
 
 
 def _relations(kind: Numbers) -> dict[str, Figure]:
@@ -221,8 +227,7 @@ def _other(group: Numbers, name: str) -> float | None:
 
 def _relation(groups: list[tuple[str, float, float]], label: str, relation: Numbers) -> Figure:
     with style():
-        figure = Figure(figsize=(4.3, 3.6), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _frame(1)
         names, accuracy, other = zip(*groups, strict=True)
         axes.scatter(accuracy, other, s=36, color=BLUE, edgecolor=PAPER, zorder=3)
         axes.margins(x=0.16, y=0.16)
@@ -230,7 +235,6 @@ def _relation(groups: list[tuple[str, float, float]], label: str, relation: Numb
         axes.xaxis.set_major_formatter(_PERCENT)
         r = "undefined" if relation["r"] is None else minus(f"{relation['r']:.2f}")
         axes.set_title(f"r = {r}, n = {relation['n']}")
-        _laid_out(figure)
         _name_points(axes, names, list(zip(accuracy, other, strict=True)))
         return figure
 
@@ -240,6 +244,7 @@ _SIDES = (("left", 6, 3), ("right", -6, 3), ("left", 6, -11), ("right", -6, -11)
 
 def _name_points(axes: Axes, names: Iterable[str], points: list[tuple[float, float]]) -> None:
     """Writes names beside points, each where it hides least of points, names and the frame."""
+    axes.autoscale_view()  # drawing would, but it is not drawn yet
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
     frame = axes.get_window_extent()
     for name, point in zip(names, points, strict=True):
@@ -262,10 +267,3 @@ def _shortened(name: str, most: int = 26) -> str:
     """A name that fits; matplotlib takes dollars for formulas."""
     text = name if len(name) <= most else f"{name[: most - 1]}…"
     return text.replace("$", r"\$")
-
-
-def _laid_out(figure: Figure) -> Figure:
-    """The figure with its layout computed once for all the formats it is saved in."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure

@@ -1,5 +1,6 @@
 """The findings in plain sentences, and how numbers are written; page and terminal share both."""
 
+from collections.abc import Callable
 from typing import Any
 
 Numbers = dict[str, Any]
@@ -60,11 +61,16 @@ def _accuracy(rows: list[Numbers], by: str | None) -> str:
     if len(rows) == 1:
         row = rows[0]
         return f"{percent(accuracy[0])} of {row['answers']:,} answers are right."
-    worst, best = (rows[accuracy.index(pick(accuracy))] for pick in (min, max))
-    return (
-        f"Accuracy goes from {percent(min(accuracy))} ({worst['name']}) to "
-        f"{percent(max(accuracy))} ({best['name']}), over {len(rows)} {plural(by)}."
-    )
+    return f"Accuracy {_span(rows, accuracy, percent)}, over {len(rows)} {plural(by)}."
+
+
+def _span(rows: list[Numbers], values: list[float], write: Callable[[float], str]) -> str:
+    """From the lowest to the highest, and whose they are."""
+    low, high = min(values), max(values)
+    if write(low) == write(high):
+        return f"is {write(low)} everywhere"
+    lowest, highest = (rows[values.index(value)]["name"] for value in (low, high))
+    return f"goes from {write(low)} ({lowest}) to {write(high)} ({highest})"
 
 
 def _calibration(rows: list[Numbers], by: str | None) -> str:
@@ -82,10 +88,9 @@ def _calibration(rows: list[Numbers], by: str | None) -> str:
         f"Of {len(rows)} {plural(by)}, {over} {'is' if over == 1 else 'are'} over-confident and "
         f"{under} under-confident"
     )
-    best, worst = (rows[errors.index(pick(errors))] for pick in (min, max))
     return (
-        f"{lead} by more than {100 * _CALIBRATED:.0f} points; the calibration error goes from "
-        f"{decimals(min(errors))} ({best['name']}) to {decimals(max(errors))} ({worst['name']})."
+        f"{lead} by more than {100 * _CALIBRATED:.0f} points; the calibration error "
+        f"{_span(rows, errors, decimals)}."
     )
 
 
@@ -109,10 +114,9 @@ def _ranking(rows: list[Numbers]) -> str:
             f"and a wrong one (AUROC {decimals(values[0])})"
         )
     else:
-        worst, best = (ranked[values.index(pick(values))] for pick in (min, max))
         tells = (
-            f"Confidence tells right answers from wrong ones with an AUROC from "
-            f"{decimals(min(values))} ({worst['name']}) to {decimals(max(values))} ({best['name']}); 0.5 is chance"
+            "Confidence tells right answers from wrong ones; the AUROC "
+            f"{_span(ranked, values, decimals)}, and 0.5 is chance"
         )
     if strata == 1:
         return f"{tells}; that is {'' if significant else 'not '}significant (p < 0.0001)."
