@@ -53,11 +53,10 @@ def sum_blocks(score: Tensor, correct: Tensor, block: Tensor, edges: Tensor | No
     blocks, bins = int(block.max()) + 1, 0 if edges is None else len(edges) - 1
     cuts = cells(score, CELLS)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(blocks, *shape, dtype=torch.float64)
-
-    right, count = zeros(len(cuts) + 1), zeros(len(cuts) + 1)
-    binned, loss = zeros(3, bins), zeros(2 if bins else 0)
+    # In float32 counts below 2^24 are exact.
+    right, count = torch.zeros(2, blocks, len(cuts) + 1)
+    binned = torch.zeros(blocks, 3, bins, dtype=torch.float64)
+    loss = torch.zeros(blocks, 2 if bins else 0, dtype=torch.float64)
     for s, y, b in chunks(score, correct, block):
         b = b.long()
         cell = torch.bucketize(s, cuts, right=True)
@@ -71,8 +70,8 @@ def sum_blocks(score: Tensor, correct: Tensor, block: Tensor, edges: Tensor | No
             zero = torch.zeros_like(b)
             _count(loss[:, :1], b, zero, squared_error(s, y))
             _count(loss[:, 1:], b, zero, log_loss(s, y))
-    total = torch.stack([count.sum(1), right.sum(1)], 1)
-    return BlockSums(total, right.float(), (count - right).float(), binned, loss)
+    total = torch.stack([count.sum(1), right.sum(1)], 1).double()
+    return BlockSums(total, right, count.sub_(right), binned, loss)
 
 
 def draw(blocks: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -102,8 +101,8 @@ def resampled_metrics(weight: Tensor, sums: BlockSums) -> dict[str, Tensor]:
 
 def _count(into: Tensor, row: Tensor, column: Tensor, value: Tensor | None = None) -> None:
     """Adds 1, or the value, at each (row, column)."""
-    rows, columns = into.shape
-    into += torch.bincount(row * columns + column, value, minlength=rows * columns).view(rows, -1)
+    value = into.new_ones(()) if value is None else value
+    into.index_put_((row, column), value, accumulate=True)
 
 
 def _calibration_errors(count: Tensor, right: Tensor, confidence: Tensor) -> dict[str, Tensor]:

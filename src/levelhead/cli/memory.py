@@ -25,13 +25,22 @@ def prepare(device: torch.device) -> bool:
     # Linux counts resident pages per core and adds them up late: one busy core keeps the sum exact.
     torch.set_num_threads(1)
     try:
-        # By default glibc raises this threshold as blocks are freed, and then keeps ever larger
-        # ones, where a fixed one lets every tensor of some size come from the system and return.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+        return_freed(128 * 1024)
         reset_peak(device)
     except (AttributeError, OSError):  # another libc; a closed /proc
         return False
     return True
+
+
+def return_freed(size: int) -> None:
+    """Lets every block of `size` bytes or more go back to the system when it is freed.
+
+    By default glibc raises its threshold as blocks are freed, and then keeps ever larger ones.
+
+    Raises:
+        AttributeError: This is another libc.
+    """
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
 
 
 def reset_peak(device: torch.device) -> int:

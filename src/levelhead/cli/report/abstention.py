@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levelhead.calibration import abstention_threshold, payoff
+from levelhead.calibration import Payoff, abstention_threshold, payoff
 
+_ROWS = 1 << 18  # at a time
 SPLITS = 20
 PAYOFFS = (1.0, 2.0)  # what a wrong answer costs: "balanced" and "conservative"
 
@@ -32,39 +33,54 @@ def abstention(
     if any(len(score) < 2 * each for score, _ in strata):
         return None
     choose = random.Random(seed)
-    base = fmean(payoff(*stratum, -math.inf, wrong=wrong)[0] for stratum in strata)
-    points, withheld = [], []
+    thresholds, labelled = [-math.inf], []  # the first answers everything
     for _ in range(SPLITS):
         picks = [choose.sample(range(len(score)), each) for score, _ in strata]
-        labelled = [
+        parts = [
             (score[pick], correct[pick])
             for (score, correct), pick in zip(strata, picks, strict=True)
         ]
-        threshold = abstention_threshold(
-            torch.cat([score for score, _ in labelled]),
-            torch.cat([correct for _, correct in labelled]),
-            wrong=wrong,
-        )
+        pooled = (torch.cat(column) for column in zip(*parts, strict=True))
+        thresholds.append(abstention_threshold(*pooled, wrong=wrong))
+        labelled.append(parts)
+    whole = [_payoffs(*stratum, thresholds, wrong) for stratum in strata]
+    points, withheld = [], []
+    for split, (threshold, parts) in enumerate(zip(thresholds[1:], labelled, strict=True), 1):
         rest = [
-            _rest(
-                payoff(*whole, threshold, wrong=wrong),
-                len(whole[0]),
-                payoff(*part, threshold, wrong=wrong),
-                each,
-            )
-            for whole, part in zip(strata, labelled, strict=True)
+            _rest(of_all[split], len(score), payoff(*part, threshold, wrong=wrong), each)
+            for of_all, (score, _), part in zip(whole, strata, parts, strict=True)
         ]
         points.append(fmean(mean for mean, _ in rest))
         withheld.append(fmean(share for _, share in rest))
     return {
         "wrong": wrong,
         "labels": each * len(strata),
-        "answer_all": base,
+        "answer_all": fmean(of_all[0].points for of_all in whole),
         "with_threshold": fmean(points),
         "lowest": min(points),
         "highest": max(points),
         "withheld": fmean(withheld),
     }
+
+
+def _payoffs(score: Tensor, correct: Tensor, thresholds: list[float], wrong: float) -> list[Payoff]:
+    """`levelhead.calibration.payoff` at each of the thresholds, in one pass over the answers."""
+    ascending = torch.tensor(sorted(thresholds), dtype=score.dtype)
+    right, answered = torch.zeros(2, len(ascending) + 1, dtype=torch.int64)
+    for s, y in zip(torch.split(score, _ROWS), torch.split(correct, _ROWS), strict=True):
+        reached = torch.bucketize(s, ascending, right=True)  # how many thresholds the score is at
+        answered += reached.bincount(minlength=len(answered))
+        right += reached[y].bincount(minlength=len(right))
+    # Of the answers that reach j thresholds or more, j = 1 ...
+    right, answered = (count.flip(0).cumsum(0).flip(0)[1:] for count in (right, answered))
+    n = len(score)
+    found = {
+        threshold: Payoff((hits - wrong * (given - hits)) / n, 1 - given / n)
+        for threshold, hits, given in zip(
+            sorted(thresholds), right.tolist(), answered.tolist(), strict=True
+        )
+    }
+    return [found[threshold] for threshold in thresholds]
 
 
 def _rest(

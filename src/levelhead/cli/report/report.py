@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 import levelhead
 
+from ..memory import return_freed
 from ..output import make_folder
 from .answers import Answers, in_one_block
 from .comparison import compared, comparison
@@ -20,6 +22,7 @@ from .reading import KIND, Choice, Reading, read
 from .terminal import show
 
 _DEFAULT = Path("levelhead-report")
+_LARGE = 1 << 20  # bytes: the columns of a chunk of rows
 
 Numbers = dict[str, Any]
 
@@ -32,6 +35,8 @@ def report(arguments: argparse.Namespace) -> None:
     """
     # Many small steps: on a busy machine threads that wait for one another take five times as long.
     torch.set_num_threads(1)
+    with suppress(AttributeError, OSError, TypeError):  # another libc has its own ways
+        return_freed(_LARGE)
     output = arguments.output or (None if arguments.json else _DEFAULT)
     if output is not None:
         make_folder(output)
