@@ -47,18 +47,55 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def add_model(parser: Any) -> None:
-    """Adds MODEL and whether its own code may run."""
+def add_model(parser: Any, options: Any = None) -> None:
+    """Adds MODEL, and to `options`, a group of them, whether its own code may run."""
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
         "reads bytes, to try the command offline",
     )
-    parser.add_argument(
+    (options or parser).add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code that comes with the model (default: refuse)",
+    )
+
+
+def add_data(parser: Any) -> None:
+    """Adds DATA."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help=".jsonl or .parquet file, or name or folder of a data set for datasets.load_dataset",
+    )
+
+
+def add_rows(group: Any, split: str = "train") -> None:
+    """Adds which rows of DATA are meant, and how chats become text."""
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template for chats, in place of the tokenizer's",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
+    group.add_argument(
+        "--dataset-split",
+        default=split,
+        metavar="NAME",
+        help=f"of a data set given by name, for example {split}[:95%%] (default: %(default)s)",
+    )
+
+
+def add_batch_size(group: Any, what: str = "rows per forward pass") -> None:
+    """Adds how many rows are read at a time."""
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        default=8,
+        metavar="N",
+        help=f"{what} (default: %(default)s)",
     )
 
 
@@ -79,26 +116,8 @@ def add_reading(group: Any) -> None:
         metavar="TOKENS",
         help="cut rows to this length, and texts into pieces of it (default: %(default)s)",
     )
-    group.add_argument(
-        "--batch-size",
-        type=count,
-        default=8,
-        metavar="N",
-        help="rows per forward pass (default: %(default)s)",
-    )
-    group.add_argument(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template for chats, in place of the tokenizer's",
-    )
-    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
-    group.add_argument(
-        "--dataset-split",
-        default="train",
-        metavar="NAME",
-        help="of a data set given by name, for example train[:95%%] (default: %(default)s)",
-    )
+    add_batch_size(group)
+    add_rows(group)
     group.add_argument(
         "--seed",
         type=int,

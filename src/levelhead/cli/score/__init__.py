@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import count
+from ..arguments import add_batch_size, add_data, add_model, add_rows, count
 from ..errors import missing_extra
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "pyarrow", "rich", "transformers"}
@@ -41,17 +41,9 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
-        "reads bytes, to try the command offline",
-    )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help=".jsonl or .parquet file, or name or folder of a data set for datasets.load_dataset",
-    )
+    questions, model = map(parser.add_argument_group, ("questions", "model"))
+    add_model(parser, model)
+    add_data(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -60,8 +52,8 @@ def add_parser(verbs: Any) -> None:
         metavar="SCORES",
         help="Parquet file for the results; replaced, once all is done, if it is there",
     )
-    _add_questions(parser.add_argument_group("questions"))
-    _add_model(parser.add_argument_group("model"))
+    _add_questions(questions)
+    _add_model(model)
     parser.set_defaults(run=run)
 
 
@@ -93,24 +85,12 @@ def _add_questions(group: Any) -> None:
         help="ask in plain text, even if the tokenizer has a chat template",
     )
     group.add_argument(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template for chats, in place of the tokenizer's",
-    )
-    group.add_argument(
         "--max-length",
         type=count,
         metavar="TOKENS",
         help="refuse questions with longer prompts (default: what the model can read)",
     )
-    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
-    group.add_argument(
-        "--dataset-split",
-        default="test",
-        metavar="NAME",
-        help="of a data set given by name, for example test[:500] (default: %(default)s)",
-    )
+    add_rows(group, split="test")
 
 
 def _add_model(group: Any) -> None:
@@ -121,19 +101,8 @@ def _add_model(group: Any) -> None:
         help="what the column 'confidence' shall be: the largest probability over the whole "
         "vocabulary, or over the letters alone (default: %(default)s)",
     )
-    group.add_argument(
-        "--batch-size",
-        type=count,
-        default=8,
-        metavar="N",
-        help="questions per device and forward pass (default: %(default)s)",
-    )
+    add_batch_size(group, "questions per device and forward pass")
     group.add_argument("--bf16", action="store_true", help="load the weights in bfloat16")
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that comes with the model (default: refuse)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

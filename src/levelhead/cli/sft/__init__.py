@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import count, positive, share, weight
+from ..arguments import (
+    add_batch_size,
+    add_data,
+    add_model,
+    add_rows,
+    count,
+    positive,
+    share,
+    weight,
+)
 from ..errors import missing_extra
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
@@ -45,24 +54,17 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
-        "reads bytes, to try the command offline",
-    )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help=".jsonl or .parquet file, or name or folder of a data set for datasets.load_dataset",
-    )
+    titles = ("data", "loss", "calibration-aware fine-tuning", "training")
+    data, loss, calibration, training = map(parser.add_argument_group, titles)
+    add_model(parser, training)
+    add_data(parser)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for the results"
     )
-    _add_data(parser.add_argument_group("data"))
-    _add_loss(parser.add_argument_group("loss"))
-    _add_calibration(parser.add_argument_group("calibration-aware fine-tuning"))
-    _add_training(parser.add_argument_group("training"))
+    _add_data(data)
+    _add_loss(loss)
+    _add_calibration(calibration)
+    _add_training(training)
     parser.set_defaults(run=run)
 
 
@@ -76,19 +78,7 @@ def _add_data(group: Any) -> None:
         help="cut rows to this length; one whose completion lies beyond it is left out, and "
         "counted (default: %(default)s)",
     )
-    group.add_argument(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template for chats, in place of the tokenizer's",
-    )
-    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
-    group.add_argument(
-        "--dataset-split",
-        default="train",
-        metavar="NAME",
-        help="of a data set given by name, for example train[:95%%] (default: %(default)s)",
-    )
+    add_rows(group)
     group.add_argument(
         "--eval-split",
         default="test",
@@ -196,13 +186,7 @@ def _add_training(group: Any) -> None:
         metavar="LR",
         help="highest learning rate of AdamW (default: 2e-5, and 2e-4 with --lora)",
     )
-    group.add_argument(
-        "--batch-size",
-        type=count,
-        default=8,
-        metavar="N",
-        help="rows per device and forward pass (default: %(default)s)",
-    )
+    add_batch_size(group, "rows per device and forward pass")
     group.add_argument(
         "--gradient-accumulation",
         type=count,
@@ -241,11 +225,6 @@ def _add_training(group: Any) -> None:
         help="go on from the last whole checkpoint in DIR, if there is one",
     )
     group.add_argument("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that comes with the model (default: refuse)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import count
+from ..arguments import add_batch_size, add_data, add_model, add_rows, count
 from ..errors import missing_extra
 
 _PACKAGES = {"datasets", "jinja2", "pyarrow", "rich", "transformers"}
@@ -39,16 +39,14 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="name on the model hub, folder, or 'tiny', as of sft"
-    )
-    parser.add_argument("data", metavar="DATA", help="the student's training data, as of sft")
+    data, forced, group = map(parser.add_argument_group, ("data", "pass", "recalibration"))
+    add_model(parser, forced)
+    add_data(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="STORE", help="folder for the store"
     )
-    _add_data(parser.add_argument_group("data"))
-    _add_pass(parser.add_argument_group("pass"))
-    group = parser.add_argument_group("recalibration")
+    _add_data(data)
+    _add_pass(forced)
     group.add_argument(
         "--validation", metavar="DATA", help="held-out data to recalibrate the teacher on"
     )
@@ -76,36 +74,13 @@ def _add_data(group: Any) -> None:
         metavar="TOKENS",
         help="cut rows to this length; the student needs the same (default: %(default)s)",
     )
-    group.add_argument(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template for chats, in place of the tokenizer's",
-    )
-    group.add_argument("--dataset-config", metavar="NAME", help="of a data set given by name")
-    group.add_argument(
-        "--dataset-split",
-        default="train",
-        metavar="NAME",
-        help="of a data set given by name (default: %(default)s)",
-    )
+    add_rows(group)
 
 
 def _add_pass(group: Any) -> None:
     group.add_argument("--top-k", type=count, default=5, metavar="K", help="(default: %(default)s)")
-    group.add_argument(
-        "--batch-size",
-        type=count,
-        default=8,
-        metavar="N",
-        help="rows per forward pass (default: %(default)s)",
-    )
+    add_batch_size(group)
     group.add_argument("--bf16", action="store_true", help="load the teacher in bfloat16")
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that comes with the model (default: refuse)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
