@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import costs, figures
+from . import costs, figures, papers
 from .shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,8 +38,17 @@ def render(readme: str) -> str:
             "stages": stages(),
             "compile": compiled(json.loads((RESULTS / "compile.json").read_text())),
             "corpus": corpus(),
+            "remedies": papers.remedies(_results("calibration_study")),
+            "reach": papers.reach(_results("large_vocabulary")),
+            "distillation": papers.distillation(_results("distillation")),
+            "aligned": papers.aligned(_results("calibration_aware")),
         },
     )
+
+
+def _results(name: str) -> Results:
+    found: Results = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
 
 
 def render_custom_op(page: str) -> str:

@@ -57,6 +57,16 @@ def test_every_name_of_levelhead_in_it_is_public() -> None:
     assert names <= set(levelhead.__all__)
 
 
+def test_it_names_every_verb() -> None:
+    from levelhead.cli import _VERBS
+
+    verbs = {verb.__name__.rpartition(".")[2] for verb in _VERBS}
+    missing = {
+        verb for verb in verbs if not re.search(rf"`?(levelhead|make) {verb}\b|`{verb}`", README)
+    }
+    assert not missing
+
+
 def test_its_one_column_python_parses() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     single = [block for block in blocks if "# before" not in block]

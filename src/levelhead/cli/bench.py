@@ -56,7 +56,7 @@ def add_parser(verbs: Any) -> None:
     """Adds `bench` to the verbs of the command."""
     parser = verbs.add_parser(
         "bench",
-        help="measure time and memory of a model's head on this machine, in under a minute",
+        help="measure time and memory of a model's head on this machine; about a minute, or longer for a large one",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
