@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from benchmarks.large_vocabulary import REMEDIES, RESULTS, Recipe, acts, cells, run
+from benchmarks.large_vocabulary import REMEDIES, RESULTS, Recipe, acts, cells, helps, run
 
 
 def test_a_cell_has_a_row_for_every_remedy_with_what_was_foretold_and_what_came() -> None:
@@ -25,3 +25,11 @@ def test_where_the_optimum_is_out_of_reach_smoothing_does_nothing() -> None:
     out_of_reach = [cell for cell in found if cell["capacity"] < 1]
     assert out_of_reach
     assert not any(acts(cell) for cell in out_of_reach)
+
+
+def test_where_smoothing_does_not_help_the_smoothed_models_are_under_confident() -> None:
+    found = cells(json.loads((RESULTS / "large_vocabulary.json").read_text())["rows"])
+    enough = min(cell["capacity"] for cell in found if helps(cell))
+    less = [cell for cell in found if cell["capacity"] < enough]
+    assert less
+    assert all(cell["smoothed_confidence"] < cell["smoothed_accuracy"] for cell in less)
