@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("rich")
 
-from levelhead.cli import contest, footprint, main, measure, memory
-from levelhead.cli.gate import Gate
+from levelhead.cli import main, memory
+from levelhead.cli.bench import contest, measure
+from levelhead.cli.bench.gate import Gate
+from levelhead.cli.plan import footprint
 from levelhead.ops import chunked, library
 
 SHAPE = ["--hidden", "32", "--vocabulary", "3001"]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from levelhead.cli import main
-from levelhead.cli.plan import Layout
+from levelhead.cli.plan.cost import Layout
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

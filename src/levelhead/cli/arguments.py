@@ -47,10 +47,11 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def add_model(parser: Any, options: Any = None) -> None:
+def add_model(parser: Any, options: Any = None, *, optional: bool = False) -> None:
     """Adds MODEL, and to `options`, a group of them, whether its own code may run."""
     parser.add_argument(
         "model",
+        nargs="?" if optional else None,
         metavar="MODEL",
         help="name on the model hub, folder, or 'tiny': a small Llama with random weights that "
         "reads bytes, to try the command offline",

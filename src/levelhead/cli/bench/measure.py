@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from . import memory
+from .. import memory
 
 # Hidden states (N, D), the head's weight (V, D), targets (N,) and label smoothing.
 Operands = tuple[Tensor, Tensor, Tensor, float]

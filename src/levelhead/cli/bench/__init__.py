@@ -12,21 +12,20 @@ import torch
 
 import levelhead
 
-from . import memory
-from .architecture import read_architecture
-from .arguments import count, share
+from .. import memory
+from ..arguments import add_model, count, share
+from ..errors import CliError, WrongResultError, missing_extra
+from ..plan.architecture import read_architecture
+from ..plan.footprint import Problem
 from .contest import (
     LEVELHEAD,
     LOSSES,
-    TORCH,
     Outcome,
     compete,
     method_bytes,
     operand_bytes,
     product_seconds,
 )
-from .errors import CliError, WrongResultError, missing_extra
-from .footprint import Problem
 
 _DESCRIPTION = """\
 Measures on this machine what the output head and its loss take, for the shapes of a model: time,
@@ -61,9 +60,7 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a name on the hub, a folder, or tiny"
-    )
+    add_model(parser, optional=True)
     parser.add_argument("--hidden", type=count, metavar="D", help="width of the head's input")
     parser.add_argument("--vocabulary", type=count, metavar="V", help="rows of the head")
     parser.add_argument(
@@ -77,7 +74,6 @@ def add_parser(verbs: Any) -> None:
         metavar="EPS",
         help="label smoothing (default: %(default)s)",
     )
-    parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -89,8 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
         CliError: The shapes are not given, the model cannot be read, its head does not fit, or a package is missing.
         WrongResultError: Levelhead fails, or computes something wrong.
     """
-    if not arguments.json:
-        _table()  # what is missing is said before a minute has passed
+    if not arguments.json:  # what is missing is said before a minute has passed
+        try:
+            from .report import show
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, "cli", {"rich"}) from error
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     hidden, vocabulary = _shape(arguments)
     one = Problem(1, hidden, vocabulary, _DTYPES[arguments.dtype], device=device.type)
@@ -130,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
         content = facts | {"rows": [asdict(row) for row in rows]}
         sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
     else:
-        _show(facts, rows)
+        show(facts, rows)
     _complain(rows)
 
 
@@ -186,66 +185,3 @@ def _complain(rows: list[Outcome]) -> None:
             f"levelhead fails on this machine ({'; '.join(failed)}); do not train with it. Please report it, "
             "with what `levelhead doctor` says"
         )
-
-
-def _table() -> Any:
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "cli", {"rich"}) from error
-    return Table
-
-
-def _show(facts: dict[str, Any], rows: list[Outcome]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    name = "" if facts["model"] is None else f"{facts['model']}: "
-    console.print(
-        escape(
-            f"{name}head {facts['vocabulary']} x {facts['hidden']}, {facts['dtype']}, label smoothing "
-            f"{facts['smoothing']:g}; {facts['tokens']} tokens ({facts['tokens_are']}); {facts['device']}, "
-            f"{facts['threads']} threads, torch {facts['torch']}"
-        ),
-        highlight=False,
-    )
-    for mode in dict.fromkeys(row.mode for row in rows):
-        table = _table()(title=mode, title_justify="left")
-        table.add_column("head and loss", no_wrap=True)
-        for column in ("median", "20 % to 80 %", "extra memory", "time", "memory"):
-            table.add_column(column)
-        dense, *_ = own = [row for row in rows if row.mode == mode]
-        for row in own:
-            table.add_row(row.method, *_cells(row, dense))
-        console.print(table)
-        for row in own:
-            if row.failure:
-                console.print(f"{row.method}: {escape(row.failure)}", highlight=False)
-    console.print(
-        "Extra memory: the peak beyond inputs and gradients. Last columns: shares of dense. Each result "
-        "was checked first.",
-        highlight=False,
-    )
-    if facts["smoothing"] and TORCH in LOSSES:
-        console.print(
-            f"{TORCH} has no label smoothing: it falls back to dense logits.", highlight=False
-        )
-
-
-def _cells(row: Outcome, dense: Outcome) -> list[str]:
-    """What stands beside the method: times, memory, and what they are of the dense ones."""
-    if row.ms_p20 is None or row.ms_p50 is None or row.ms_p80 is None:
-        return ["out of memory" if row.failure.startswith("out of memory") else "[red]failed[/]"]
-    size = row.extra_bytes
-    memory = "not measurable here" if size is None else f"{size / 2**20:.1f} MiB"
-    cells = [f"{_ms(row.ms_p50)} ms", f"{_ms(row.ms_p20)} to {_ms(row.ms_p80)}", memory]
-    if dense.ms_p50:
-        cells.append(f"{row.ms_p50 / dense.ms_p50:.2f} x")
-    if dense.extra_bytes and size is not None:
-        cells.append(f"{size / dense.extra_bytes:.2g} x")
-    return cells
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"

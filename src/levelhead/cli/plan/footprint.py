@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import chunked, sums
+from levelhead.ops import chunked, sums
 
 Moments = dict[str, dict[str, int]]  # moment -> tensor -> bytes
 
@@ -219,7 +219,7 @@ def levelhead_triton(problem: Problem) -> Moments:
     4 * 512 V + b * 2048 V; of a frozen head (4 + b) * 512 V. With more than one chunk of 2048 tokens the gradient of a
     narrow weight accumulates in float32, 4 VD. Needs triton installed, for the sizes.
     """
-    from ..ops.triton import backward, softmax
+    from levelhead.ops.triton import backward, softmax
 
     b, wide, d = problem.dtype.itemsize, problem.wide_bytes, problem.hidden
     if problem.ranks > 1:

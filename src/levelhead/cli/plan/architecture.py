@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import CliError, missing_extra
+from ..errors import CliError, missing_extra
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ def read_architecture(
             can serve; `transformers` is missing.
     """
     try:
-        from ..integrations.heads import output_heads
-        from ..integrations.probe import probe_head
-        from .models import load_skeleton
+        from levelhead.integrations.heads import output_heads
+        from levelhead.integrations.probe import probe_head
+
+        from ..models import load_skeleton
     except ModuleNotFoundError as error:
         raise missing_extra(error, "transformers", {"transformers", "tokenizers"}) from error
     skeleton = load_skeleton(model, dtype, trust_remote_code=trust_remote_code)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import levelhead
 
-from . import footprint, memory
-from .footprint import Problem
+from .. import memory
+from ..plan import footprint
+from ..plan.footprint import Problem
 from .gate import SLICE, Gate
 from .measure import Loss, Step, interleaved, quantiles
 
