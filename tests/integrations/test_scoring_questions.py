@@ -38,13 +38,13 @@ def test_id_and_group_are_optional(row, want):
     [
         ({"question": None}, '"question" is missing'),
         ({"question": "  "}, '"question" is empty'),
-        ({"question": 3}, '"question" must be a text, got int'),
+        ({"question": 3}, '"question" is not a string but a number'),
         ({"question": "\ud800"}, '"question" has half a surrogate pair at character 1'),
         ({"choices": None}, '"choices" is missing'),
         ({"choices": "ABC"}, '"choices" must be a list of texts, got str'),
         ({"choices": ["3"]}, '"choices" must have 2 to 26 entries, got 1'),
         ({"choices": ["x"] * 27}, '"choices" must have 2 to 26 entries, got 27'),
-        ({"choices": ["3", 4, "5"]}, "choice 2 must be a text, got int"),
+        ({"choices": ["3", 4, "5"]}, "choice 2 is not a string but a number"),
         ({"choices": ["3", "", "5"]}, "choice 2 is empty"),
         ({"answer": None}, '"answer" is missing; it must be a letter from A to C, an index from'),
         ({"answer": 3}, "an index from 0 to 2 or the text of a choice, got 3"),
@@ -55,8 +55,8 @@ def test_id_and_group_are_optional(row, want):
         ({"answer": 1.0}, "got float"),
         ({"choices": ["B", "A"], "answer": "A"}, "could mean the choices with the indices 0 and 1"),
         ({"choices": ["4", "4"], "answer": "4"}, "could mean the choices with the indices 0 and 1"),
-        ({"id": 1.5}, '"id" must be a text, got float'),
-        ({"group": ["a"]}, '"group" must be a text, got list'),
+        ({"id": 1.5}, '"id" is not a string but a number'),
+        ({"group": ["a"]}, '"group" is not a string but an array'),
     ],
 )
 def test_a_bad_row_is_refused_with_the_reason(change, message):

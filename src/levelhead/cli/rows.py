@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from levelhead.integrations.fields import check_text, json_type
+
 from .errors import CliError
 
 _MAX_NAMED = 20
@@ -105,21 +107,4 @@ def text_field(row: dict[str, Any], field: str) -> str:
     """
     if field not in row:
         raise ValueError(f'"{field}" is missing')
-    text = row[field]
-    if not isinstance(text, str):
-        raise ValueError(f'"{field}" is not a string but {json_type(text)}')
-    if not text.strip():
-        raise ValueError(f'"{field}" is empty')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no UTF-8 holds
-        raise ValueError(
-            f'"{field}" has half a surrogate pair at character {error.start + 1}'
-        ) from error
-    return text
-
-
-def json_type(value: object) -> str:
-    """What JSON calls the type of a value, with its article."""
-    names = {list: "an array", dict: "an object", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+    return check_text(f'"{field}"', row[field])

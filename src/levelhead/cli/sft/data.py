@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from ..rows import json_type, text_field
+from levelhead.integrations.fields import json_type
+
+from ..rows import text_field
 
 HINT = (
     'each row must have "prompt" and "completion", or "messages": a list of '

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
+from ..fields import check_text
+
 
 @dataclass(frozen=True)
 class Question:
@@ -110,17 +112,7 @@ def _answer(answer: Any, choices: tuple[str, ...]) -> int:
 def _text(name: str, text: Any) -> str:
     if text is None:
         raise ValueError(f"{name} is missing")
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a text, got {type(text).__name__}")
-    if not text.strip():
-        raise ValueError(f"{name} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no UTF-8 holds
-        raise ValueError(
-            f"{name} has half a surrogate pair at character {error.start + 1}"
-        ) from error
-    return text
+    return check_text(name, text)
 
 
 def _name(row: Mapping[str, Any], field: str) -> str | None:
