@@ -1,4 +1,4 @@
-"""The `levelhead` command. One file per verb; each imports its optional packages when it runs."""
+"""The `levelhead` command. A file or a folder per verb; each imports its optional packages when it runs."""
 
 import argparse
 import os
