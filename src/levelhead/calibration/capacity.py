@@ -33,6 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bounds import margin_in_ball, max_probability, min_entropy
+
 _CHUNK = 2**24  # entries of the head that are copied at a time: 64 MiB in float32
 
 
@@ -62,7 +64,7 @@ class HeadGeometry:
         """Bound on the margin of any logit over the mean of the others, for such hidden states."""
         rows = float((self.row_norm * hidden_norm + self.row_bias).max())
         rows *= self.vocab_size / (self.vocab_size - 1)
-        return min(rows, _margin_in_ball(self.radius(hidden_norm), self.vocab_size))
+        return min(rows, margin_in_ball(self.radius(hidden_norm), self.vocab_size))
 
     def required_norm(self, margin: float) -> float:
         """The least norm of a hidden state with which `margin` is that large; inf if none is enough."""
@@ -163,26 +165,6 @@ def smoothed_loss_floor(vocab_size: int, label_smoothing: float) -> float:
     top = 1 - label_smoothing + share
     rest = -(vocab_size - 1) * share * math.log(share) if share else 0.0
     return rest - top * math.log(top)
-
-
-def max_probability(margin: float, vocab_size: int) -> float:
-    """The largest probability of an entry with this margin over the mean of the others' logits.
-
-    `1 / (1 + (V - 1) exp(-margin))`, reached if the other logits are equal. Without a bias and within
-    a ball of radius rho, the margin is `rho * sqrt(V / (V - 1))`; under a softcap c it is 2 c at most.
-    """
-    return 1 / (1 + (vocab_size - 1) * math.exp(-margin))
-
-
-def min_entropy(radius: float, vocab_size: int) -> float:
-    """The least entropy, in nats, of the softmax of V logits whose norm, less their mean, is `radius`.
-
-    With kappa = radius * sqrt(V / (V - 1)) and B = exp(-kappa):
-    `log(1 + (V - 1) B) + kappa (V - 1) B / (1 + (V - 1) B)`, reached by one logit above V - 1 equal ones.
-    """
-    margin = _margin_in_ball(radius, vocab_size)
-    rest = (vocab_size - 1) * math.exp(-margin)
-    return math.log1p(rest) + margin * rest / (1 + rest)
 
 
 @dataclass(frozen=True)
@@ -329,10 +311,6 @@ def hidden_norms(norms: Tensor) -> HiddenNorms:
         quantiles={share: ascending[rank].item() for share, rank in ranks.items()},
         max=ascending[-1].item(),
     )
-
-
-def _margin_in_ball(radius: float, vocab_size: int) -> float:
-    return radius * math.sqrt(vocab_size / (vocab_size - 1))
 
 
 def _root_of_largest(gram: Tensor) -> float:
