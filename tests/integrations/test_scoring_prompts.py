@@ -127,9 +127,10 @@ def test_a_long_prompt_is_refused_and_never_cut():
     tokenizer = byte_level()
     length = len(Prompter(tokenizer)(QUESTION).input_ids)
     assert len(Prompter(tokenizer, max_length=length)(QUESTION).input_ids) == length
-    with pytest.raises(
-        ValueError, match=f"its prompt has {length} tokens, more than the {length - 1}"
-    ):
+    message = (
+        f"its prompt has {length} tokens, more than the {length - 1} allowed; shorten the question"
+    )
+    with pytest.raises(ValueError, match=message):
         Prompter(tokenizer, max_length=length - 1)(QUESTION)
 
 

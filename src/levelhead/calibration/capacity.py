@@ -119,7 +119,10 @@ def head_geometry(
         norms.append(rows.norm(dim=1).double().cpu())
     centred, mean = gram.double().cpu(), (mean * gain).double().cpu()
     if not centred.isfinite().all():
-        raise ValueError("the head holds NaN or infinity (or overflows); no bound holds for it")
+        raise ValueError(
+            "the head holds NaN or infinity, for which no bound holds, or overflows; check the "
+            "checkpoint, or pass float64"
+        )
     bias = torch.zeros(vocab_size) if linear_bias is None else linear_bias.detach()
     bias = bias.double().cpu()
     return HeadGeometry(
@@ -330,7 +333,9 @@ def _check_head(weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Non
         if tensor.shape != size:
             raise ValueError(f"{name} must have shape {size}, got {tuple(tensor.shape)}")
         if name != "linear_weight" and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity; no bound holds for it")
+            raise ValueError(
+                f"{name} holds NaN or infinity, for which no bound holds; check the checkpoint"
+            )
 
 
 def _check_smoothing(vocab_size: int, label_smoothing: float) -> None:

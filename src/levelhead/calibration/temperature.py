@@ -115,5 +115,7 @@ def _checked(logits: Any, target: Any) -> tuple[Tensor, Tensor]:
             "logits hold NaN or +inf; pass finite logits, or -inf for excluded classes"
         )
     if bool(logits.gather(1, target[:, None]).isinf().any()):
-        raise ValueError("a target has logit -inf: its likelihood is 0 at every temperature")
+        raise ValueError(
+            "a target has logit -inf: its likelihood is 0 at every temperature; leave such rows out"
+        )
     return logits, target

@@ -113,7 +113,8 @@ class Prompter:
         input_ids, letter_ids = self._tokens(before, letters)
         if self._max_length is not None and len(input_ids) > self._max_length:
             raise ValueError(
-                f"its prompt has {len(input_ids)} tokens, more than the {self._max_length} allowed"
+                f"its prompt has {len(input_ids)} tokens, more than the {self._max_length} allowed; "
+                "shorten the question, or leave it out"
             )
         return Prompt(question, order, array("i", input_ids), letter_ids)
 

@@ -108,7 +108,8 @@ def score_prompts(
         if limit is not None and len(prompt.input_ids) > limit:
             raise ValueError(
                 f"the prompt of question {prompt.question.question_id or number} has "
-                f"{len(prompt.input_ids)} tokens, more than the {limit} positions of the model"
+                f"{len(prompt.input_ids)} tokens, more than the {limit} positions of the model; "
+                "shorten the question, or leave it out"
             )
     window = batch_size * _BATCHES_TO_SORT
     for start in range(0, len(prompts), window):
@@ -142,7 +143,8 @@ def _stats(model: nn.Module, head: Head, batch: list[Prompt], pad_token_id: int)
         if hidden.dim() != 3 or len(hidden) != len(batch):
             raise RuntimeError(
                 f"the head of {type(head.model).__name__} was called with hidden states of shape "
-                f"{tuple(hidden.shape)}, which are not those of {len(batch)} prompts"
+                f"{tuple(hidden.shape)}, which are not those of {len(batch)} prompts; scoring needs a "
+                "model that calls its head once, with hidden states (B, T, D)"
             )
         caught.append(head_stats(module, hidden[:, -1], picks, head.transform))
         # The forward goes on with the logits of one token, in place of those of all.
