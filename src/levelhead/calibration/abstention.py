@@ -1,4 +1,9 @@
-"""When to say "I don't know": a threshold on the score, and what it earns."""
+"""When to say "I don't know": a threshold on the score, and what it earns.
+
+References:
+    Plaut, Nguyen, Trinh. Probabilities of chat LLMs are miscalibrated but still predict correctness
+    on multiple-choice Q&A. TMLR 2025, arXiv 2402.13213, section on abstention.
+"""
 
 import math
 from typing import Any, NamedTuple

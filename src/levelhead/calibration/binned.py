@@ -36,8 +36,8 @@ def reliability(
         confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
             list of any shape (...).
         correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
-        bins: Number of bins B, or their B + 1 edges in ascending order, as `numpy.histogram` takes
-            them: half-open, the last one closed.
+        bins: Number of bins B, or their edges in ascending order, (B + 1,), as `numpy.histogram`
+            takes them: half-open, the last one closed.
         binning: How a number of bins cuts. "uniform" cuts [0, 1] into bins of equal width.
             "quantile" lets every bin hold the same number of predictions, to within one; equal
             confidences always share a bin, so ties can make bins uneven or empty.
@@ -177,8 +177,8 @@ def classwise_calibration_error(
         The error, in [0, 1].
 
     Raises:
-        TypeError: As `calibration_error`, or the target does not hold integers.
-        ValueError: As `calibration_error`, or shapes or targets do not fit.
+        TypeError: As `calibration_error`, or the target does not hold numbers.
+        ValueError: As `calibration_error`, shapes do not fit, or a target is no class.
 
     Example:
         >>> round(classwise_calibration_error([[0.9, 0.1], [0.6, 0.4]], [0, 1]), 3)

@@ -8,7 +8,7 @@ Estimates come from all rows, exactly. Only the intervals of AUROC and AURC see 
 in which answers count as ties, and are shifted by what that changes; 512 distinct scores or fewer
 have a cell each.
 
-Reference:
+References:
     Efron, Tibshirani. An introduction to the bootstrap. Chapman & Hall 1993.
 """
 
@@ -103,7 +103,8 @@ def summarise(
 
     Raises:
         TypeError: As `reliability`, or `resamples` is not an int.
-        ValueError: As `reliability`, a metric is unknown, or an option is out of range.
+        ValueError: As `reliability`, a metric is unknown, `cluster` has another length, or an option is
+            out of range.
 
     Example:
         >>> found = summarise([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1], metrics=["accuracy", "gap"])
@@ -153,7 +154,7 @@ def compare(
         that the second run is better calibrated.
 
     Raises:
-        TypeError: As `summarise`.
+        TypeError: As `summarise`, or a run is no pair.
         ValueError: As `summarise`, paired runs differ in length, or `cluster` comes without
             `paired`.
 

@@ -57,17 +57,38 @@ class HeadGeometry:
     row_bias: Tensor
 
     def radius(self, hidden_norm: float) -> float:
-        """Rho, the largest norm of the logits less their mean, for hidden states up to `hidden_norm`."""
+        """Rho, the largest norm of the logits less their mean.
+
+        Args:
+            hidden_norm: Largest norm of the hidden states.
+
+        Returns:
+            The bound (ball), in nats.
+        """
         return self.centred_spectral_norm * hidden_norm + float(self.row_bias.norm())
 
     def margin(self, hidden_norm: float) -> float:
-        """Bound on the margin of any logit over the mean of the others, for such hidden states."""
+        """The largest margin of a logit over the mean of the others that the two bounds allow.
+
+        Args:
+            hidden_norm: Largest norm of the hidden states.
+
+        Returns:
+            The tighter of (rows) and (ball), in nats.
+        """
         rows = float((self.row_norm * hidden_norm + self.row_bias).max())
         rows *= self.vocab_size / (self.vocab_size - 1)
         return min(rows, margin_in_ball(self.radius(hidden_norm), self.vocab_size))
 
     def required_norm(self, margin: float) -> float:
-        """The least norm of a hidden state with which `margin` is that large; inf if none is enough."""
+        """The least norm of a hidden state with which the two bounds allow a margin.
+
+        Args:
+            margin: Of a logit over the mean of the others, in nats.
+
+        Returns:
+            The norm; inf if none is enough.
+        """
         share = (self.vocab_size - 1) / self.vocab_size
         rows = margin * share - self.row_bias
         by_rows = torch.where(rows > 0, rows / self.row_norm, 0.0).min().item()
@@ -92,6 +113,9 @@ def head_geometry(
         gain: Factor on each hidden unit, (D,): measures `W * gain` without making it. With the weight
             of a final norm, whose output before the gain has norm sqrt(D) at most, this bounds the
             logits of every input more tightly than `max|gain| * sqrt(D)` does for W itself.
+
+    Returns:
+        What bounds its logits, on the CPU.
 
     Raises:
         TypeError: A tensor is not of a floating dtype.
@@ -137,8 +161,13 @@ def head_geometry(
 def smoothed_margin(vocab_size: int, label_smoothing: float) -> float:
     """The margin of the target's logit over the others at which the smoothed loss is least.
 
-    `log(V (1 - eps) / eps + 1)`, in nats: infinite for eps = 0, where cross-entropy has no minimum,
-    and 0 for eps = 1.
+    Args:
+        vocab_size: V, at least 2.
+        label_smoothing: eps, in [0, 1].
+
+    Returns:
+        `log(V (1 - eps) / eps + 1)`, in nats: infinite for eps = 0, where cross-entropy has no minimum,
+        and 0 for eps = 1.
 
     Raises:
         ValueError: V is below 2, or eps outside [0, 1].
@@ -154,7 +183,14 @@ def smoothed_margin(vocab_size: int, label_smoothing: float) -> float:
 
 
 def smoothed_loss_floor(vocab_size: int, label_smoothing: float) -> float:
-    """The least smoothed loss of a token: the entropy of its target `(1 - eps) onehot + eps / V`, in nats.
+    """The least smoothed loss of a token: the entropy of its target `(1 - eps) onehot + eps / V`.
+
+    Args:
+        vocab_size: V, at least 2.
+        label_smoothing: eps, in [0, 1].
+
+    Returns:
+        In nats, from 0 for eps = 0 to log(V) for eps = 1.
 
     Raises:
         ValueError: V is below 2, or eps outside [0, 1].
@@ -230,11 +266,14 @@ def head_capacity(
 
     Args:
         geometry: Of the head; see `head_geometry`.
-        hidden_norm: Largest norm of the hidden states.
+        hidden_norm: Largest norm of the hidden states, finite, at least 0.
         logit_scale: Factor on the output of the head; 1 / T for a temperature T before the softcap. One
             after it is 1 / T on both, the scale and the softcap.
         softcap: c of cap(x) = c tanh(x / c); None: no cap.
-        label_smoothing: eps of the training loss.
+        label_smoothing: eps of the training loss, in [0, 1].
+
+    Returns:
+        The bounds, and what smoothing asks.
 
     Raises:
         ValueError: An option lies outside its range.

@@ -32,6 +32,10 @@ def negative_log_likelihood(confidence: Any, correct: Any) -> float:
     Example:
         >>> round(negative_log_likelihood([0.5, 0.75], [True, False]), 4)
         1.0397
+
+    References:
+        Guo, Pleiss, Sun, Weinberger. On calibration of modern neural networks. ICML 2017,
+        arXiv 1706.04599, where it stands beside the calibration error.
     """
     return reliability(confidence, correct, bins=1).negative_log_likelihood.item()
 

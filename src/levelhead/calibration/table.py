@@ -1,4 +1,10 @@
-"""Predictions counted into bins of confidence: sums that merge, and what follows from them."""
+"""Predictions counted into bins of confidence: sums that merge, and what follows from them.
+
+References:
+    Guo, Pleiss, Sun, Weinberger. On calibration of modern neural networks. ICML 2017: the table.
+    Murphy. A new vector partition of the probability score. Journal of Applied Meteorology 12, 1973:
+    the decomposition.
+"""
 
 import math
 from collections.abc import Sequence
@@ -72,6 +78,9 @@ class ReliabilityTable:
         Args:
             bins: Number of bins of equal width, or edges, as in `reliability`.
 
+        Returns:
+            A table whose counts and sums are 0.
+
         Raises:
             TypeError: `bins` is neither an int nor edges.
             ValueError: `bins` is below 1 or not ascending.
@@ -108,6 +117,12 @@ class ReliabilityTable:
     def merge(self, other: "ReliabilityTable") -> "ReliabilityTable":
         """The table of both tables' predictions.
 
+        Args:
+            other: A table over the same edges.
+
+        Returns:
+            A new table; neither of the two changes.
+
         Raises:
             ValueError: The edges differ.
         """
@@ -126,7 +141,11 @@ class ReliabilityTable:
         )
 
     def pooled(self) -> "ReliabilityTable":
-        """All bins as one: its accuracy, gap, Brier score, ... are those of all predictions."""
+        """All bins as one: its accuracy, gap, Brier score, ... are those of all predictions.
+
+        Returns:
+            A table of one bin, from the lowest edge to the highest.
+        """
         return ReliabilityTable(
             self.edges[[0, -1]],
             self.count.sum(0, keepdim=True),
@@ -142,6 +161,9 @@ class ReliabilityTable:
         Args:
             norm: "l1" (ECE), "l2" (RMS) or "max" (MCE).
             weighted: Whether bins weigh by their counts. Means nothing to "max".
+
+        Returns:
+            The error, in [0, 1], or NaN.
 
         Raises:
             ValueError: `norm` is unknown.
@@ -160,7 +182,11 @@ class ReliabilityTable:
         return math.sqrt((weight * gap.square()).sum().item())
 
     def brier_decomposition(self) -> BrierDecomposition:
-        """Murphy's decomposition of the Brier score over these bins; see `brier_decomposition`."""
+        """Murphy's decomposition of the Brier score over these bins; see `brier_decomposition`.
+
+        Returns:
+            The four terms; of an empty table the last two are NaN.
+        """
         total = self.pooled()
         base = total.accuracy
         weight = self.count.double() / total.count

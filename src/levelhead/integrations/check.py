@@ -118,6 +118,7 @@ def check_patch(
 
     Example:
         >>> check_patch(model, next(iter(loader))).ok
+        check_patch: ok. The patched LlamaForCausalLM trains as the unpatched one does ...
         True
     """
     if batch.get("labels") is None and batch.get("shift_labels") is None:

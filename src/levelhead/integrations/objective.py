@@ -42,8 +42,9 @@ def set_objective(model: ModelT, objective: Objective | None) -> ModelT:
         ValueError: the model is not patched.
 
     Example:
-        >>> set_objective(patch_model(model), Distillation("renormalised"))
-        >>> model(input_ids=ids, labels=ids, teacher_ids=top, teacher_log_probs=log_probs).loss
+        >>> model = set_objective(patch_model(model), Distillation("renormalised"))
+        >>> batch = {"input_ids": ids, "labels": ids, "teacher_ids": top.indices}
+        >>> loss = model(**batch, teacher_log_probs=top.log_probs).loss
     """
     inner = language_model(model)
     state = patch_state(inner)

@@ -118,6 +118,12 @@ def patch_model(
 def unpatch_model(model: ModelT) -> ModelT:
     """Undo `patch_model` exactly, also inside a wrapper; without a patch, change nothing.
 
+    Args:
+        model: what `patch_model` was given; changed in place.
+
+    Returns:
+        The same object.
+
     Raises:
         ValueError: FSDP2 or the like has changed the class of the model since it was patched.
     """

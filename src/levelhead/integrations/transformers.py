@@ -32,7 +32,7 @@ class SmoothingSchedule(TrainerCallback):  # type: ignore[misc]  # transformers 
     Example:
         >>> warm_up = SmoothingSchedule(lambda progress: 0.1 * min(1, progress / 0.05))
         >>> decay = SmoothingSchedule(lambda progress: 0.05 * (1 + math.cos(math.pi * progress)))
-        >>> Trainer(model=patch_model(model), args=args, train_dataset=data, callbacks=[decay])
+        >>> trainer = Trainer(patch_model(model), arguments, train_dataset=data, callbacks=[decay])
     """
 
     def __init__(self, schedule: Callable[[float], float]) -> None:
@@ -119,9 +119,17 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         https://arxiv.org/abs/1706.04599
 
     Example:
-        >>> arguments = TrainingArguments(eval_strategy="epoch", metric_for_best_model="eval_ece",
-        ...                               greater_is_better=False, load_best_model_at_end=True, ...)
-        >>> Trainer(model, arguments, eval_dataset=data, callbacks=[CalibrationCallback()], ...)
+        >>> best = {"metric_for_best_model": "eval_ece", "greater_is_better": False}
+        >>> arguments = TrainingArguments(
+        ...     folder, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, **best
+        ... )
+        >>> trainer = Trainer(
+        ...     model,
+        ...     arguments,
+        ...     train_dataset=data,
+        ...     eval_dataset=data,
+        ...     callbacks=[CalibrationCallback()],
+        ... )
     """
 
     def __init__(self, bins: int = 10) -> None:

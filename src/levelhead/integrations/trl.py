@@ -57,8 +57,8 @@ def patch_trainer(trainer: TrainerT, smoothing: float | Tensor = 0.1, **options:
         RuntimeError: it has trained in mixed precision already.
 
     Example:
-        >>> trainer = patch_trainer(SFTTrainer("Qwen/Qwen3-0.6B", train_dataset=data))
-        >>> trainer.train()
+        >>> trainer = SFTTrainer(name, arguments, train_dataset=data)  # a name, as "Qwen/Qwen3-0.6B"
+        >>> trainer = patch_trainer(trainer, smoothing=0.1)  # and then trainer.train()
     """
     from trl import SFTTrainer
 
@@ -90,6 +90,9 @@ def adapt(model: nn.Module, forward: Any) -> Any:
     Args:
         model: a patched model.
         forward: the method that `trl.trainer.utils.add_fused_lm_head` has made for it.
+
+    Returns:
+        The method to set in its place, which answers `fused_lm_head=True` as long as the model is patched.
 
     Raises:
         ValueError: the `loss_type` of the `SFTTrainer` is "dft".

@@ -102,11 +102,24 @@ def distillation_loss(
 class Distillation:
     """:func:`distillation_loss` as the objective of a patched model; see `levelhead.integrations.set_objective`.
 
+    Precision and units are those of :func:`distillation_loss`: float32 (float64 for float64 inputs), nats.
+
     Attributes:
         normalisation: ``"renormalised"``, ``"full"`` or ``"other"``.
         columns: what a training batch holds beside its labels, aligned with what each position predicts:
             ``teacher_ids`` (B, T, k), -100 where there is no teacher, and ``teacher_log_probs`` (B, T, k), as float32
             or as its bits in int32, which FSDP and DeepSpeed do not round as they round inputs.
+
+    Raises:
+        ValueError: ``normalisation`` is unknown.
+
+    References:
+        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (FIRST).
+
+    Example:
+        >>> model = set_objective(patch_model(model), Distillation("renormalised"))
+        >>> batch = {"input_ids": ids, "labels": ids, "teacher_ids": top.indices}
+        >>> loss = model(**batch, teacher_log_probs=top.log_probs).loss
     """
 
     normalisation: Normalisation = "renormalised"
@@ -127,7 +140,25 @@ class Distillation:
         teacher_ids: Tensor,
         teacher_log_probs: Tensor,
     ) -> Tensor:
-        """The loss of each token, (..., T); 0 where the target is -100."""
+        """The loss of each token.
+
+        Args:
+            input: the student's hidden states, shape ``(..., T, D)``.
+            linear_weight: its output embedding, shape ``(V, D)``.
+            target: the token to predict at each position, shape ``(..., T)``, of which only -100, for none, counts.
+            linear_bias: shape ``(V,)``, or None.
+            softcap: bound of the student's logits, or None.
+            logit_scale: factor on projection and bias.
+            teacher_ids: shape ``(..., T, k)``, integer.
+            teacher_log_probs: shape ``(..., T, k)``, float32 or its bits in int32.
+
+        Returns:
+            Nats, shape ``(..., T)``; 0 where the target is -100; float32, or float64 for float64 inputs.
+
+        Raises:
+            TypeError: as :func:`distillation_loss`.
+            ValueError: as :func:`distillation_loss`.
+        """
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
         return distillation_loss(

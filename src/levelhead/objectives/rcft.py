@@ -37,13 +37,18 @@ class CalibrationAware:
         ece_weight: lambda of the paper, at least 0.
         classwise: whether the regulariser is that of the classwise error.
         label_smoothing: of the loss of the tokens, in [0, 1]; the paper has none.
+        columns: names of the four tensors above.
+
+    Raises:
+        ValueError: an attribute is out of its range.
 
     References:
         Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
 
     Example:
-        >>> set_objective(patch_model(model), CalibrationAware(tokens=120_000))
-        >>> model(input_ids=ids, labels=ids, choices=letters, answer_position=at, **bins).loss
+        >>> model = set_objective(patch_model(model), CalibrationAware(tokens=120_000))
+        >>> batch = {"input_ids": ids, "labels": ids, "choices": letters, "answer_position": at}
+        >>> loss = model(**batch, bin_right=bins.right, bin_size=bins.size).loss
     """
 
     tokens: int
@@ -78,7 +83,27 @@ class CalibrationAware:
         bin_right: Tensor,
         bin_size: Tensor,
     ) -> Tensor:
-        """Loss of each token, (B, T), for hidden states (B, T, D); that of a question is at its answer."""
+        """Loss of each token; that of a question is added at its answer.
+
+        Args:
+            input: hidden states, (B, T, D).
+            linear_weight: the output embedding, (V, D).
+            target: the token to predict at each position, (B, T), integer; -100 for none.
+            linear_bias: (V,), or None.
+            softcap: bound of the logits, or None.
+            logit_scale: factor on projection and bias.
+            choices: see the class; (B, C), integer.
+            answer_position: see the class; (B,), integer.
+            bin_right: see the class; (B,), or (B, C) by class, integer.
+            bin_size: see the class; (B,), or (B, C) by class, integer.
+
+        Returns:
+            (B, T), nats and, at the answers, the scaled regulariser; float32, or float64 for float64 inputs.
+
+        Raises:
+            TypeError: as `levelhead.linear_logit_stats`.
+            ValueError: the same, or what the E-step found does not go with the choices.
+        """
         there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
         letters = choices[:, None].where(there[..., None], -1)  # (B, T, C); -1 picks nothing
         stats = linear_logit_stats(

@@ -32,6 +32,9 @@ def scale_probabilities(log_probs: Tensor, temperature: float) -> Tensor:
     Raises:
         ValueError: ``temperature`` is not above 0.
 
+    References:
+        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
+
     Example:
         >>> probability = torch.tensor([0.90, 0.05, 0.02, 0.01, 0.01])
         >>> round(scale_probabilities(probability.log(), 0.3).exp()[0].item(), 3)
@@ -56,6 +59,9 @@ def smooth_probabilities(log_probs: Tensor, smoothing: float) -> Tensor:
 
     Raises:
         ValueError: ``smoothing`` lies outside [0, 1].
+
+    References:
+        Shum et al. 2024, https://arxiv.org/abs/2408.12168, which compares it with the temperature.
 
     Example:
         >>> smooth_probabilities(torch.tensor([0.90, 0.06, 0.04]).log(), 0.1).exp()
@@ -89,6 +95,9 @@ class Recalibration:
         ece_before: expected calibration error of the teacher's own largest probability, in [0, 1].
         ece_after: that of the recalibrated one.
         curve: every value tried, ascending, with its error.
+
+    References:
+        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
     """
 
     method: Method
@@ -100,7 +109,14 @@ class Recalibration:
     curve: Sequence[tuple[float, float]]
 
     def __call__(self, log_probs: Tensor) -> Tensor:
-        """The recalibrated log-probabilities of ``log_probs`` (..., k), descending."""
+        """Recalibrate the k largest log-probabilities of each prediction.
+
+        Args:
+            log_probs: log-probabilities, descending, shape ``(..., k)``; nats.
+
+        Returns:
+            Log-probabilities, descending, shape ``(..., k)``, in the dtype of ``log_probs``.
+        """
         return _METHODS[self.method](log_probs, self.value)
 
 
@@ -113,9 +129,9 @@ def recalibrate(
     around the best, as in the paper for temperatures; of equal errors the first, smallest value wins.
 
     Args:
-        log_probs: the teacher's k largest log-probabilities of each held-out prediction, descending, shape
+        log_probs: the teacher's k largest log-probabilities of each held-out prediction, descending, nats, shape
             ``(N, k)`` with ``k >= 2``.
-        correct: whether the largest was that of the right token, shape ``(N,)``.
+        correct: whether the largest was that of the right token, shape ``(N,)``: booleans, or zeros and ones.
         method: "temperature" or "smoothing".
         bins: of equal width, of :func:`levelhead.calibration.calibration_error`.
 
@@ -123,7 +139,9 @@ def recalibrate(
         Recalibration; call it on log-probabilities to apply it.
 
     Raises:
-        ValueError: there is no prediction or k is 1; ``method`` is unknown.
+        TypeError: ``correct`` does not hold numbers.
+        ValueError: shapes do not fit, there is no prediction or k is 1; a value is NaN, or no outcome; ``method`` is
+            unknown.
 
     References:
         Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).

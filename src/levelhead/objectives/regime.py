@@ -28,6 +28,9 @@ class Regime:
         critical_accuracy: a*, the accuracy up to which a model can be calibrated; None: not known.
         regime: "calibratable" if the interval of the accuracy lies at or below a*, "non-calibratable" if
             it lies above, "undetermined" if a* lies inside or is not known.
+
+    References:
+        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
     """
 
     questions: int

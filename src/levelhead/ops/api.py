@@ -164,7 +164,8 @@ class LinearCrossEntropyLoss(nn.Module):
         impl: ``"triton"``, ``"chunked"``, ``"reference"`` or None to choose.
 
     Shape:
-        input ``(..., D)``, target ``(...)``; a scalar, or ``(...)`` with ``reduction="none"``; float32 or float64.
+        input ``(..., D)``, target ``(...)``; nats, a scalar, or ``(...)`` with ``reduction="none"``; float32 or
+        float64.
 
     Raises:
         TypeError, ValueError, IndexError: in forward, as :func:`linear_cross_entropy` does.
@@ -200,7 +201,21 @@ class LinearCrossEntropyLoss(nn.Module):
         self.impl: Impl | None = impl
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
-        """Return the loss of ``input`` (..., D) against ``target`` (...)."""
+        """Return the loss of hidden states.
+
+        Args:
+            input: hidden states, shape ``(..., D)``.
+            target: ids in ``[0, V)`` or ``ignore_index``, shape ``(...)``, integer.
+            token_weight: weight of each token's loss, shape of ``target``.
+
+        Returns:
+            Nats; a scalar, or with ``reduction="none"`` shape ``(...)``; float32, or float64 for float64 inputs.
+
+        Raises:
+            TypeError: as :func:`linear_cross_entropy`.
+            ValueError: as :func:`linear_cross_entropy`.
+            IndexError: as :func:`linear_cross_entropy`.
+        """
         return linear_cross_entropy(
             input,
             self.linear.weight,

@@ -86,6 +86,9 @@ def merge(a: LogitStats, a_size: int, b: LogitStats, b_size: int) -> LogitStats:
         a_size: its number of vocabulary entries.
         b: statistics of the second set.
         b_size: its number of vocabulary entries.
+
+    Returns:
+        LogitStats of both sets, shapes and dtypes as those of ``a``; differentiable as they are.
     """
     logsumexp = torch.logaddexp(a.logsumexp, b.logsumexp)
     a_share = a_size / max(a_size + b_size, 1)

@@ -27,7 +27,7 @@ class TopK(NamedTuple):
 
     @property
     def log_probs(self) -> Tensor:
-        """Log-probabilities over the whole vocabulary, ``values - logsumexp``, shape ``(..., k)``; nats."""
+        """Log-probabilities over the whole vocabulary, shape ``(..., k)``; nats, in the dtype of ``values``."""
         return self.values - self.logsumexp[..., None]
 
 

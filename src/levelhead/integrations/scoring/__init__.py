@@ -65,13 +65,21 @@ def score_questions(
         batch_size: questions per forward.
         confidence: "msp" or "choice_probability": what `Score.confidence` shall be.
 
+    Yields:
+        Scores, from statistics in float32 (float64 for float64 models).
+
     Raises:
         ValueError: an argument or a question cannot be used; a question is named by its number.
+        RuntimeError: as `score_prompts`.
+
+    References:
+        Plaut et al. 2025, https://arxiv.org/abs/2402.13213 ("msp"). Xiao et al. 2025,
+        https://arxiv.org/abs/2505.01997 ("choice_probability").
 
     Example:
         >>> rows = [{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}]
         >>> scores = list(score_questions(model.eval(), tokenizer, rows))
-        >>> calibration_error([s.confidence for s in scores], [s.correct for s in scores])
+        >>> error = calibration_error([s.confidence for s in scores], [s.correct for s in scores])
     """
     prompter = Prompter(
         tokenizer,

@@ -63,8 +63,8 @@ class Prompter:
 
     Example:
         >>> prompt = Prompter(tokenizer)(Question("2 + 2?", ("3", "4"), answer=1))
-        >>> tokenizer.decode(prompt.letter_ids)
-        'AB'
+        >>> [tokenizer.decode(token) for token in prompt.letter_ids]
+        ['A', 'B']
     """
 
     def __init__(
@@ -94,6 +94,12 @@ class Prompter:
 
     def __call__(self, question: Question) -> Prompt:
         """The prompt of a question.
+
+        Args:
+            question: with 2 to 26 choices.
+
+        Returns:
+            Its tokens, up to the position that predicts the letter.
 
         Raises:
             ValueError: a letter is not one token of its own, the prompt is too long, or the chat

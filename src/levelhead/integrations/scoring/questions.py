@@ -38,6 +38,9 @@ class Question:
                 choice), the index (from 0) or the text of a choice. It may have an `id` and a
                 `group` or else a `subject`, texts or whole numbers; None counts as absent.
 
+        Returns:
+            The question, its `answer` as an index.
+
         Raises:
             ValueError: there is none in it, or the answer could mean two choices; the message says
                 what is wrong.
@@ -60,7 +63,13 @@ class Question:
         """Which choice is shown behind each letter: a permutation of the indices of `choices`.
 
         It depends on the seed and on the texts alone, so that a question has the same order for
-        every model, in every subset of the data and on every machine. None: the order of the data.
+        every model, in every subset of the data and on every machine.
+
+        Args:
+            seed: any whole number; None: the order of the data.
+
+        Returns:
+            Of each letter, from A on, the index of its choice.
         """
         order = list(range(len(self.choices)))
         if seed is not None:

@@ -34,9 +34,9 @@ class Score(NamedTuple):
         confidence: `msp` or `choice_probability`, as was asked for.
         msp: maximum softmax probability, max_v p_v over the whole vocabulary.
         choice_probability: of `prediction`, by a softmax over the offered letters alone.
-        max_logit: max_v z_v over the whole vocabulary.
+        max_logit: max_v z_v over the whole vocabulary, in nats.
         entropy: -sum_v p_v log p_v over the whole vocabulary, in nats.
-        choice_logits: z of each offered letter.
+        choice_logits: z of each offered letter, in nats.
         target: index of the right choice's letter: 0 for A.
         argmax_is_choice: whether no token has a larger logit than the one of `prediction`; if not,
             the model would have said something else, and `msp` is the probability of that.
@@ -81,6 +81,9 @@ def score_prompts(
         batch_size: prompts per forward.
         confidence: which of its probabilities is the `confidence` of a score.
         pad_token_id: of the tokens in front of short prompts, which no position attends to.
+
+    Yields:
+        Scores, as many as prompts.
 
     Raises:
         ValueError: an argument cannot be used, a prompt is longer than the model's
@@ -127,7 +130,14 @@ def score_prompts(
 
 
 def position_limit(model: Any) -> int | None:
-    """How many tokens `model` can read, by its config; None: no number."""
+    """How many tokens `model` can read, by its config.
+
+    Args:
+        model: a language model of transformers, not in a wrapper.
+
+    Returns:
+        Its `max_position_embeddings`; None: it has no such number.
+    """
     config = model.config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None)
     return limit
