@@ -42,6 +42,9 @@ from .sums import at, finish, float16_scale, slices, zeros
 # whole weight and its gradient; more would take a call past 32 MiB.
 _BUDGET_SHARE = 1 / 8
 _BUDGET_FLOOR = 63 * 2**19  # bytes
+# Four chunks take no longer than one, if each has tokens enough to be worth reading the weight and its gradient for.
+_CHUNKS = 4
+_CHUNK_TOKENS = 128
 _TILE_TOKENS = 512
 _TILE_BYTES = (
     8 * 2**20
@@ -127,7 +130,7 @@ def linear_cross_entropy(
     smoothing = None if label_smoothing is None else kept.take(label_smoothing)
     dtype = statistics_dtype(input.dtype)
     buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
-    tokens = _chunk_tokens(input, linear_weight, dtype, buffers=buffers)
+    tokens = chunk_tokens(len(input), linear_weight, dtype, buffers=buffers)
     buffer = torch.empty(buffers, tokens * size, dtype=dtype, device=input.device)
     dx = zeros(input, gradient_dtypes[0], dtype)
     dw = zeros(linear_weight, gradient_dtypes[1], dtype)
@@ -170,10 +173,11 @@ def _tile_shape(
     return tokens, min(max(entries, 1), len(linear_weight))
 
 
-def _chunk_tokens(input: Tensor, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int) -> int:
-    """Return how many tokens a chunk has, so that all buffers for the whole vocabulary fit the budget."""
+def chunk_tokens(count: int, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int = 1) -> int:
+    """Return how many of ``count`` tokens a chunk has, so that all buffers for the whole vocabulary fit the budget."""
     tokens = buffer_budget(linear_weight) // (buffers * dtype.itemsize * len(linear_weight))
-    return min(max(tokens, 1), max(len(input), 1))
+    chunks = max(1, min(_CHUNKS, count // _CHUNK_TOKENS))
+    return max(1, min(tokens, -(-count // chunks)))
 
 
 def _operand_dtype(input: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from levelhead.ops import chunked, sums
+from levelhead.ops.statistics import statistics_dtype
 
 Moments = dict[str, dict[str, int]]  # moment -> tensor -> bytes
 
@@ -189,17 +190,17 @@ def _torch_chunk(problem: Problem) -> int:
 
 
 def levelhead_chunked(problem: Problem) -> Moments:
-    """`levelhead.linear_cross_entropy` through PyTorch's products: one buffer of logits, 1/8 of the weight or 31.5 MiB.
+    """`levelhead.linear_cross_entropy` by PyTorch's products: chunks of logits, 1/8 of the weight or 31.5 MiB.
 
     The gradients of narrow operands accumulate in float32: 4 VD and 4 ND beside their rounded form.
     """
     if problem.ranks > 1:
         return _parallel(problem, _chunked_buffers(problem, problem.tokens))
-    wide, size = problem.wide_bytes, problem.vocabulary
     buffers = 2 if problem.softcap else 1
-    tokens = chunked.buffer_budget(_weight(problem)) // (buffers * wide * size)
-    tokens = min(max(tokens, 1), problem.tokens)
-    kept = {"buffer of logits": buffers * wide * tokens * size, **_masked_input(problem)}
+    weight, dtype = _weight(problem), statistics_dtype(problem.dtype)
+    tokens = chunked.chunk_tokens(problem.tokens, weight, dtype, buffers=buffers)
+    logits = buffers * dtype.itemsize * tokens * len(weight)
+    kept = {"buffer of logits": logits, **_masked_input(problem)}
     tile, last = _cpu_tile(problem)
     return {
         # The next tile is cast while the last one is held still.

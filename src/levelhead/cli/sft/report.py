@@ -13,7 +13,7 @@ from rich.table import Table
 
 import levelhead
 from levelhead.objectives.regime import Regime
-from levelhead.ops.chunked import buffer_budget
+from levelhead.ops.chunked import chunk_tokens
 
 from .preparation import Counts
 
@@ -129,13 +129,14 @@ def _calibration(state: Any) -> dict[str, float] | None:
 def _logits(trainer: Any, positions: int) -> dict[str, Any]:
     head = trainer.model.get_output_embeddings()
     entries = positions * head.out_features
+    at_once = chunk_tokens(positions, head.weight, torch.float32)
     narrow = trainer.args.bf16
     dense = entries * (2 + 4 + 4 if narrow else 4 + 4)
     return {
         "positions": positions,
         "vocabulary": head.out_features,
         "dense_bytes": dense,
-        "levelhead_bytes": min(buffer_budget(head.weight), 4 * entries),
+        "levelhead_bytes": 4 * at_once * head.out_features,
         "how": _HOW,
     }
 
