@@ -23,7 +23,6 @@ aot: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
-	$(BIN)/levelhead demo --output benchmarks/results/demo
 	$(BIN)/python -m benchmarks.render
 
 # Tests and benchmark on a GPU; then the tuner, which rewrites the pinned launch configurations. Both run as they are in

@@ -27,32 +27,43 @@ def reach(results: Results) -> str:
     helps = [cell for cell in within if large_vocabulary.helps(cell)]
     moved = sum(map(large_vocabulary.acts, out))
     right = len(acts) + len(out) - moved
+    return (
+        "Capacity is the margin that the head can reach before training, over that of the smoothed optimum. Of "
+        f"{len(found)} cells (D, V, remedy) {len(out)} have less than 1, and in {moved} of them smoothing moves "
+        f"the mean confidence by two points; of the {len(within)} others it does in {len(acts)}, so that "
+        f"foretelling by 1 is right {right} times of {len(found)}. It lowers ECE by a point or more in "
+        f"{len(helps)}, all of a capacity of {min(cell['capacity'] for cell in helps):.1f} or more: with less, "
+        "the smoothed models are under-confident. Means over "
+        f"{len({row['seed'] for row in results['rows']})} seeds, commit {results['machine']['commit']} "
+        "(`benchmarks/results/large_vocabulary.json`)."
+    )
+
+
+def reach_table(results: Results) -> str:
+    """Return what smoothing does at one vocabulary, by hidden size, with and without a temperature."""
     lines = ["| V = 16,384 | capacity | ECE, hard targets | smoothed |", "|---|---:|---:|---:|"]
-    for cell in found:
+    for cell in large_vocabulary.cells(results["rows"]):
         if cell["v"] == 16384 and cell["remedy"] in ("plain", "temperature 0.25"):
             name = f"D = {cell['d']}, {cell['remedy']}"
             numbers = (
                 f"{cell['capacity']:.1f} | {cell['hard_ece']:.3f} | {cell['smoothed_ece']:.3f}"
             )
             lines.append(f"| {name} | {numbers} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Capacity: the margin that the head can reach before training, over that of the smoothed optimum. Of "
-            f"{len(found)} cells (D, V, remedy) {len(out)} have less than 1, and in {moved} of them smoothing moves "
-            f"the mean confidence by two points; of the {len(within)} others it does in {len(acts)}, so that "
-            f"foretelling by 1 is right {right} times of {len(found)}. It lowers ECE by a point or more in "
-            f"{len(helps)}, all of a capacity of {min(cell['capacity'] for cell in helps):.1f} or more: with less, "
-            "the smoothed models are under-confident. Means over "
-            f"{len({row['seed'] for row in results['rows']})} seeds, commit {results['machine']['commit']} "
-            "(`benchmarks/results/large_vocabulary.json`).",
-        ]
-    )
+    return "\n".join(lines)
 
 
 def aligned(results: Results) -> str:
     """Return what is left of calibration after DPO, and what restores it."""
+    ece = {key: results["summary"][key]["ece"]["mean"] for key in _ALIGNED}
+    return (
+        f"After TRL's DPO the ECE of a small Llama is {ece['DPO']:.3f} (before: {ece['SFT']:.3f}); CFT makes it "
+        f"{ece['CFT']:.3f}, RCFT {ece['RCFT']:.3f}, RCFT without its regulariser {ece['no regulariser']:.3f}, a fitted "
+        f"temperature {ece['temperature']:.3f}. {_over(results)} (`benchmarks/results/calibration_aware.json`)."
+    )
+
+
+def aligned_table(results: Results) -> str:
+    """Return the table of the same, with accuracy, confidence and intervals."""
     return "\n".join(
         [
             *_table({name: results["summary"][key] for key, name in _ALIGNED.items()}),
@@ -65,13 +76,8 @@ def aligned(results: Results) -> str:
 
 
 def distillation(results: Results) -> str:
-    """Return what distillation cost and what it did to students of two sizes."""
-    models, differences = (results["summary"][key] for key in ("models", "paired_differences"))
-    rows = {"the teacher": models["teacher"]}
-    for size, name in (("large", "student as large as its teacher"), ("small", "small student")):
-        for kind in ("hard labels", "plain", "recalibrated", "smoothed"):
-            taught = kind if kind == "hard labels" else f"taught, {kind}"
-            rows[f"{name}, {taught}"] = models[f"{size}, {kind}"]
+    """Return what distillation cost, and what recalibration changed."""
+    differences = results["summary"]["paired_differences"]
     large, small = (
         differences[f"{size}, recalibrated - {size}, {against}"]["ece"]
         for size, against in (("large", "plain"), ("small", "hard labels"))
@@ -80,19 +86,29 @@ def distillation(results: Results) -> str:
         (row["method"], row["normalisation"]): row["extra_bytes"] / 2**20 for row in results["cost"]
     }
     ours = [value for (method, _), value in extra.items() if method == "levelhead"]
-    shape, machine = results["cost"][0], results["machine"]
-    return "\n".join(
-        [
-            *_table(rows),
-            "",
-            f"Means and 95 % t-intervals over {len(results['seeds'])} seeds, commit {machine['commit']} "
-            "(`benchmarks/results/distillation.json`). Recalibration changes the ECE of the large student by "
-            f"{_change(large)} against plain distillation, and that of the small one by {_change(small)} against hard "
-            f"labels. Memory beyond gradients, {shape['n']} tokens, D = {shape['d']}, V = {shape['v']}: "
-            f"{min(ours):.0f} to {max(ours):.0f} MiB, where dense logits take {extra['dense', 'full']:.0f}; the store "
-            f"takes {results['store']['bytes_a_position']:.0f} bytes a position.",
-        ]
+    shape = results["cost"][0]
+    return (
+        f"Recalibration changes the ECE of a student as large as its teacher by {_change(large)} against plain "
+        f"distillation, and that of a small one by {_change(small)} against hard labels. Memory beyond gradients, "
+        f"{shape['n']} tokens, D = {shape['d']}, V = {shape['v']}: {min(ours):.0f} to {max(ours):.0f} MiB, where dense "
+        f"logits take {extra['dense', 'full']:.0f}; the store takes {results['store']['bytes_a_position']:.0f} bytes a "
+        f"position. {_over(results)}, commit {results['machine']['commit']} (`benchmarks/results/distillation.json`)."
     )
+
+
+def distillation_table(results: Results) -> str:
+    """Return what distillation did to students of two sizes."""
+    models = results["summary"]["models"]
+    rows = {"the teacher": models["teacher"]}
+    for size, name in (("large", "student as large as its teacher"), ("small", "small student")):
+        for kind in ("hard labels", "plain", "recalibrated", "smoothed"):
+            taught = kind if kind == "hard labels" else f"taught, {kind}"
+            rows[f"{name}, {taught}"] = models[f"{size}, {kind}"]
+    return "\n".join([*_table(rows), "", f"{_over(results)}."])
+
+
+def _over(results: Results) -> str:
+    return f"Means and 95 % t-intervals over {len(results['seeds'])} seeds"
 
 
 def _change(interval: dict[str, float]) -> str:
@@ -106,7 +122,7 @@ def remedies(results: Results) -> str:
         [
             *_table({name: results["summary"][key] for key, name in named.items()}),
             "",
-            f"Means and 95 % t-intervals over {len(results['seeds'])} seeds, commit {results['machine']['commit']} "
+            f"{_over(results)}, commit {results['machine']['commit']} "
             "(`benchmarks/results/calibration_study.json`).",
         ]
     )

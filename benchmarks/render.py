@@ -14,36 +14,16 @@ from . import costs, figures, papers
 from .shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
-CUSTOM_OP = README.with_name("docs") / "custom_op.md"
-BENCHMARKS = CUSTOM_OP.with_name("benchmarks.md")
-ARCHITECTURES = README.with_name("tests") / "integrations" / "architectures.json"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURES = ROOT / "tests" / "integrations" / "architectures.json"
 Results = dict[str, Any]
 
 
-def render(readme: str) -> str:
-    """Return the README with each block between `<!-- name -->` and `<!-- /name -->` made anew."""
-    files = ("cpu.json", "demo/results.json")
-    cpu, demo = (json.loads((RESULTS / name).read_text()) for name in files)
-    gpu = RESULTS / "gpu.json"
-    return _filled(
-        readme,
-        {
-            "headline": costs.headline(cpu),
-            "benchmark": costs.benchmark(
-                cpu, json.loads(gpu.read_text()) if gpu.exists() else None
-            ),
-            "demo": demonstration(demo),
-            "works": works(json.loads(ARCHITECTURES.read_text())),
-            "stages": stages(),
-            "compile": compiled(json.loads((RESULTS / "compile.json").read_text())),
-            "corpus": corpus(),
-            "remedies": papers.remedies(_results("calibration_study")),
-            "reach": papers.reach(_results("large_vocabulary")),
-            "distillation": papers.distillation(_results("distillation")),
-            "aligned": papers.aligned(_results("calibration_aware")),
-        },
-    )
+def render(page: str) -> str:
+    """Return a page with each block between `<!-- name -->` and `<!-- /name -->` made anew."""
+    block = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}", page)
 
 
 def _results(name: str) -> Results:
@@ -51,36 +31,8 @@ def _results(name: str) -> Results:
     return found
 
 
-def render_custom_op(page: str) -> str:
-    """Return docs/custom_op.md likewise."""
-    return _filled(
-        page, {"boundary": boundary(json.loads((RESULTS / "boundary.json").read_text()))}
-    )
-
-
-def render_benchmarks(page: str) -> str:
-    """Return docs/benchmarks.md likewise."""
-    cpu = json.loads((RESULTS / "cpu.json").read_text())
-    return _filled(
-        page,
-        {
-            "targets": costs.targets(cpu),
-            "sizes": costs.sizes(cpu),
-            "figures": costs.pictures(cpu, list(figures.FIGURES), "../benchmarks"),
-            "training": costs.training(cpu),
-            "methods": costs.methods(cpu),
-            "modes": costs.modes(cpu),
-        },
-    )
-
-
-def _filled(page: str, blocks: dict[str, str]) -> str:
-    for name, text in blocks.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(page):
-            raise ValueError(f"the page has no block {name!r}")
-        page = block.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
-    return page
+def _gpu() -> Results | None:
+    return _results("gpu") if (RESULTS / "gpu.json").exists() else None
 
 
 def demonstration(results: Results) -> str:
@@ -254,9 +206,18 @@ def corpus() -> str:
 def works(table: Results) -> str:
     """Return where a patched model was held against an unpatched one: in the sweep, and in several processes."""
     lines = ["| where | held against dense label smoothing | in |", "|---|---|---|"]
-    rows = [*_architectures(table["architectures"]), *_engines()]
-    for where, what, test in rows:
+    for where, what, test in _architectures(table):
         lines.append(f"| {where} | {what} | `tests/{test}.py` |")
+    for where, names, test in _engines():
+        lines.append(f"| {where} | {len(names)} ways to set it up | `tests/{test}.py` |")
+    return "\n".join(lines)
+
+
+def engines() -> str:
+    """Return every way in which an engine that runs several processes was held against dense label smoothing."""
+    lines = ["| engine | ways | in |", "|---|---|---|"]
+    for where, names, test in _engines():
+        lines.append(f"| {where} | {'; '.join(names)} | `tests/{test}.py` |")
     return "\n".join(lines)
 
 
@@ -277,7 +238,7 @@ def _architectures(table: Results) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _engines() -> list[tuple[str, str, str]]:
+def _engines() -> list[tuple[str, list[str], str]]:
     from tests.distributed import accelerate_worker, test_ddp, test_deepspeed, test_fsdp
     from tests.distributed import test_tensor_parallel as tensor_parallel
 
@@ -300,13 +261,39 @@ def _engines() -> list[tuple[str, str, str]]:
         ),
     }
     return [
-        (where, "; ".join(names).strip(), f"distributed/test_{test}")
+        (where, [name.strip() for name in names], f"distributed/test_{test}")
         for where, (names, test) in scenarios.items()
     ]
 
 
+BLOCKS: dict[str, Callable[[], str]] = {
+    # README
+    "headline": lambda: costs.headline(_results("cpu")),
+    "benchmark": lambda: costs.benchmark(_results("cpu"), _gpu()),
+    "demo": lambda: demonstration(_results("demo/results")),
+    "works": lambda: works(json.loads(ARCHITECTURES.read_text())),
+    "remedies": lambda: papers.remedies(_results("calibration_study")),
+    "reach": lambda: papers.reach(_results("large_vocabulary")),
+    "distillation": lambda: papers.distillation(_results("distillation")),
+    "aligned": lambda: papers.aligned(_results("calibration_aware")),
+    # docs
+    "targets": lambda: costs.targets(_results("cpu")),
+    "sizes": lambda: costs.sizes(_results("cpu")),
+    "figures": lambda: costs.pictures(_results("cpu"), list(figures.FIGURES), "../benchmarks"),
+    "training": lambda: costs.training(_results("cpu")),
+    "methods": lambda: costs.methods(_results("cpu")),
+    "modes": lambda: costs.modes(_results("cpu")),
+    "boundary": lambda: boundary(_results("boundary")),
+    "stages": stages,
+    "compile": lambda: compiled(_results("compile")),
+    "corpus": corpus,
+    "engines": engines,
+    "reach_table": lambda: papers.reach_table(_results("large_vocabulary")),
+    "distillation_table": lambda: papers.distillation_table(_results("distillation")),
+    "aligned_table": lambda: papers.aligned_table(_results("calibration_aware")),
+}
+
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
-    CUSTOM_OP.write_text(render_custom_op(CUSTOM_OP.read_text()))
-    BENCHMARKS.write_text(render_benchmarks(BENCHMARKS.read_text()))
-    figures.draw(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "figures")
+    for path in PAGES:
+        path.write_text(render(path.read_text()))
+    figures.draw(_results("cpu"), RESULTS / "figures")

@@ -25,7 +25,7 @@ class Training:
     v: int = 128256
     d: int = 256
     layers: int = 4
-    n: int = 1024  # tokens of a step, one sequence
+    n: int = 512  # tokens of a step, one sequence
     limit_bytes: int = 384 * 2**20  # that a step may take beyond model and optimiser
     longest: int = 2048  # that is tried
 
