@@ -162,7 +162,7 @@ def test_more_ranks_than_rows_are_refused(capsys):
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
-    assert "cannot load the config of" in refusal(capsys, tmp_path, "--tokens", 10)
+    assert f"{tmp_path} holds no model" in refusal(capsys, tmp_path, "--tokens", 10)
 
 
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path, capsys):

@@ -13,7 +13,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
 import transformers
-from tests.cli.sft_runs import PAIRS, save_tiny, weights, write
+from tests.cli.sft_runs import PAIRS, save_tiny, start, weights, write
 from transformers import TrainingArguments
 
 from levelhead.cli import main
@@ -71,6 +71,15 @@ def test_no_such_model(pairs, tmp_path, capsys):
     model = str(tmp_path / "none")
     assert main(["sft", model, pairs, "--output", str(tmp_path / "run")]) == 2
     assert f"cannot load the tokenizer of {model}" in capsys.readouterr().err
+
+
+def test_a_model_without_its_tokenizer(pairs, tmp_path, capsys):
+    model = tmp_path / "untold"
+    start().save_pretrained(model)
+    assert main(["sft", str(model), pairs, "--output", str(tmp_path / "run")]) == 2
+    assert (
+        f"{model} holds a model without its tokenizer; save that there" in capsys.readouterr().err
+    )
 
 
 def test_nothing_is_overwritten(folder, pairs, capsys):

@@ -103,6 +103,15 @@ def _refuse_pickles(name: str) -> None:
 
 
 def _unusable(what: str, name: str, error: Exception) -> CliError:
+    folder = Path(name)
+    if folder.is_dir() and not any(
+        folder.glob("*config.json")
+    ):  # an adapter's has a name of its own
+        return CliError(f"{name} holds no model; name a folder that save_pretrained has written")
+    if what == "tokenizer" and folder.is_dir():
+        files = [*folder.glob("token*"), *folder.glob("vocab*"), *folder.glob("*.model")]
+        if not files:
+            return CliError(f"{name} holds a model without its tokenizer; save that there, too")
     code = "trust_remote_code" in str(error)
     remedy = " (the option here is --trust-remote-code)" if code else ""
     return CliError(f"cannot load the {what} of {name}: {error}{remedy}")
