@@ -101,7 +101,7 @@ def test_the_budget_follows_from_the_size_of_the_weight(
 
 @pytest.mark.parametrize(
     ("count", "chunk"),
-    [(0, 1), (1, 1), (255, 255), (256, 128), (300, 150), (512, 128), (4096, 504)],
+    [(0, 1), (1, 1), (255, 255), (256, 128), (300, 150), (512, 128), (4096, 456)],
 )
 def test_a_chunk_is_a_quarter_of_the_tokens_unless_these_are_few_or_the_budget_is_less(
     count: int, chunk: int, monkeypatch: pytest.MonkeyPatch

@@ -175,9 +175,9 @@ def _tile_shape(
 
 def chunk_tokens(count: int, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int = 1) -> int:
     """Return how many of ``count`` tokens a chunk has, so that all buffers for the whole vocabulary fit the budget."""
-    tokens = buffer_budget(linear_weight) // (buffers * dtype.itemsize * len(linear_weight))
-    chunks = max(1, min(_CHUNKS, count // _CHUNK_TOKENS))
-    return max(1, min(tokens, -(-count // chunks)))
+    within = buffer_budget(linear_weight) // (buffers * dtype.itemsize * len(linear_weight))
+    chunks = max(1, min(_CHUNKS, count // _CHUNK_TOKENS), -(-count // max(within, 1)))
+    return max(1, -(-count // chunks))
 
 
 def _operand_dtype(input: Tensor) -> torch.dtype:
