@@ -205,16 +205,14 @@ def levelhead_chunked(problem: Problem) -> Moments:
     buffers = 2 if problem.softcap else 1
     weight, dtype = _weight(problem), statistics_dtype(problem.dtype)
     tokens = chunked.chunk_tokens(problem.tokens, weight, dtype, buffers=buffers)
-    logits = buffers * dtype.itemsize * tokens * len(weight)
-    kept = {"buffer of logits": logits, **_masked_input(problem)}
+    logits = {"buffer of logits": buffers * dtype.itemsize * tokens * len(weight)}
+    kept = logits | _masked_input(problem)
     tile, last = _cpu_tile(problem)
     return {
         # The next tile is cast while the last one is held still.
-        "a chunk": {
-            **kept,
-            **_sums(problem),
-            "tiles of the weight, float32": min(2 * tile, tile + last),
-        },
+        "a chunk": kept
+        | _sums(problem)
+        | {"tiles of the weight, float32": min(2 * tile, tile + last)},
         "rounding the gradients": _rounding(problem) | kept | {"tile of the weight, float32": last},
         "backward": _kept_until_backward(problem),
     }
