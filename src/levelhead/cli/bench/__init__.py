@@ -3,8 +3,10 @@
 import argparse
 import datetime
 import json
+import math
 import os
 import sys
+import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,21 +19,17 @@ from ..arguments import add_model, count, share
 from ..errors import CliError, WrongResultError, missing_extra
 from ..plan.architecture import read_architecture
 from ..plan.footprint import Problem
-from .contest import (
-    LEVELHEAD,
-    LOSSES,
-    Outcome,
-    compete,
-    method_bytes,
-    operand_bytes,
-    product_seconds,
-)
+from .budget import choose
+from .contest import LEFT_OUT, LEVELHEAD, LOSSES, OUT_OF_MEMORY, Outcome, compete, operand_bytes
 
 _DESCRIPTION = """\
 Measures on this machine what the output head and its loss take, for the shapes of a model: time,
 and peak memory beyond inputs and gradients, of PyTorch's dense loss, its fused one (torch >= 2.13)
 and Levelhead. First each result is checked; then the methods take turns, so that a bad moment of
 the machine hits all of them. Reads a model's config, never its weights: the numbers are random.
+
+It takes under a minute: for a large head or on a slow machine there are fewer rounds, then fewer
+tokens; then the fused loss, the frozen head and peaks are left out, and the table says which.
 """
 _EPILOG = """\
 examples:
@@ -45,17 +43,15 @@ exit codes:
   2    wrong arguments or unusable input; stderr says which
 """
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MOST, _LEAST = 8192, 64  # tokens that are chosen
-_SECONDS = 30.0
-# Products of 2 NVD that all runs are, with three rounds: 5 a method in two modes, three methods, the check besides.
-_PRODUCTS = 5 * 3 * (1 + 3) + 5 * 2
+_SECONDS = 45.0  # of a minute; Python and torch take the rest before and after
+_FORETOLD = 0.6  # the share of these that what is foretold may take
 
 
 def add_parser(verbs: Any) -> None:
     """Adds `bench` to the verbs of the command."""
     parser = verbs.add_parser(
         "bench",
-        help="measure time and memory of a model's head on this machine; about a minute, or longer for a large one",
+        help="measure time and memory of a model's head on this machine, in under a minute",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,7 +60,10 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--hidden", type=count, metavar="D", help="width of the head's input")
     parser.add_argument("--vocabulary", type=count, metavar="V", help="rows of the head")
     parser.add_argument(
-        "--tokens", type=count, metavar="N", help="(default: what fits the minute and the memory)"
+        "--tokens",
+        type=count,
+        metavar="N",
+        help="measure N tokens, however long it takes (default: what fits the minute and the memory)",
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="(default: %(default)s)")
     parser.add_argument(
@@ -90,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
             from .report import show
         except ModuleNotFoundError as error:
             raise missing_extra(error, "cli", {"rich"}) from error
+    end = time.monotonic() + _SECONDS
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     hidden, vocabulary = _shape(arguments)
     one = Problem(1, hidden, vocabulary, _DTYPES[arguments.dtype], device=device.type)
@@ -100,9 +100,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"{free / 2**30:.1f} GiB are free; try --dtype bf16 or a smaller model"
         )
     if arguments.tokens is None:
-        tokens, why = _choose(one, arguments.smoothing, free)
+        left = _FORETOLD * (end - time.monotonic())
+        tokens, methods, why = choose(one, arguments.smoothing, free, left)
     else:
-        tokens, why = arguments.tokens, "asked for"
+        tokens, methods, why, end = arguments.tokens, LOSSES, "asked for", math.inf
     problem = replace(one, tokens=tokens)
     left = free - operand_bytes(problem)
     if left <= 0:
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{tokens} tokens and the head need {operand_bytes(problem) / 2**30:.1f} GiB before any loss, "
             f"{free / 2**30:.1f} GiB are free; give fewer --tokens"
         )
-    rows = compete(problem, arguments.smoothing, left)
+    rows = compete(problem, arguments.smoothing, methods, free=left, end=end)
     facts = {
         "model": arguments.model,
         "hidden": hidden,
@@ -148,25 +149,6 @@ def _shape(arguments: argparse.Namespace) -> tuple[int, int]:
     return given
 
 
-def _choose(one: Problem, smoothing: float, free: int) -> tuple[int, str]:
-    """The tokens to measure, a power of two, and why not more."""
-    probe = replace(one, tokens=64)
-    seconds = product_seconds(probe) / 64  # a token, a product
-    # On a CPU memory is measured with one thread.
-    slowdown = torch.get_num_threads() if one.device == "cpu" else 1
-    products = _PRODUCTS + 5 * len(LOSSES) * slowdown
-    tokens, why = _LEAST, "the fewest; this head may take over a minute here"
-    while tokens < _MOST:
-        more = replace(one, tokens=2 * tokens)
-        need = operand_bytes(more) + max(method_bytes(name, more, smoothing) for name in LOSSES)
-        if need > free / 2:
-            return tokens, "more would need over half of the free memory"
-        if seconds * products * more.tokens > _SECONDS:
-            return tokens, why
-        tokens, why = more.tokens, "more would take over a minute"
-    return tokens, "enough for steady times"
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -178,7 +160,9 @@ def _complain(rows: list[Outcome]) -> None:
     failed = [
         f"{row.mode}: {row.failure}"
         for row in rows
-        if row.method == LEVELHEAD and row.failure and not row.failure.startswith("out of memory")
+        if row.method == LEVELHEAD
+        and row.failure
+        and not row.failure.startswith((OUT_OF_MEMORY, LEFT_OUT))
     ]
     if failed:
         raise WrongResultError(

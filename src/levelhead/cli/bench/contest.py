@@ -1,8 +1,10 @@
-"""Head and loss by several methods on the same tensors: first right, then timed in turns, then weighed."""
+"""Head and loss by several methods on the same tensors: first right, then weighed, then timed in turns."""
 
+import math
 import multiprocessing
 import time
 import warnings
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -20,9 +22,14 @@ from .gate import SLICE, Gate
 from .measure import Loss, Step, interleaved, quantiles
 
 LEVELHEAD, DENSE, TORCH = "levelhead", "F.cross_entropy", "F.linear_cross_entropy"
+TRAINED, FROZEN = "forward+backward", "frozen head"
+OUT_OF_MEMORY, LEFT_OUT = "out of memory", "left out"  # how a failure that is no fault begins
 _ROUNDS = 9
-_ROWS = 4096
-_SECONDS = 8.0  # of rounds, for each mode
+_ROUNDS_SECONDS = 16.0
+_ROWS = 4096  # of the head that differ
+_WIDTH = 256  # of the head by which times are foretold
+
+Key = tuple[str, str]  # method and mode
 
 
 def _dense(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -54,9 +61,10 @@ class Outcome:
         mode: "forward+backward", or "frozen head" where the weight has no gradient.
         ms_p20: 20th percentile of its times, in milliseconds; ms_p50 the median, ms_p80 the 80th.
         rounds: How many times there are.
-        extra_bytes: Peak beyond inputs and gradients; None where it cannot be measured.
+        extra_bytes: Peak beyond inputs and gradients.
         error: Its largest error as a share of what it may be.
         failure: Why there are no numbers; empty if there are.
+        unweighed: Why there are times and no peak; empty if there is one.
     """
 
     method: str
@@ -68,26 +76,53 @@ class Outcome:
     extra_bytes: int | None = None
     error: float | None = None
     failure: str = ""
+    unweighed: str = ""
 
 
-def compete(problem: Problem, smoothing: float, free: int) -> list[Outcome]:
+def compete(
+    problem: Problem, smoothing: float, methods: Collection[str], *, free: int, end: float
+) -> list[Outcome]:
     """Every method in both modes, on random operands.
 
     Args:
         problem: Shapes, dtype and device; whether it is frozen does not matter.
         smoothing: Label smoothing.
+        methods: Those of LOSSES for which there is time; of the others a row says that there is none.
         free: Bytes that a method's peak may take; one that would take more is a row that says so.
+        end: When to be done, by time.monotonic: what would take longer is left out, and a row says so. Each method is
+            checked in any case, with a trained head.
     """
-    outcomes: list[Outcome] = []
-    for frozen, mode in ((False, "forward+backward"), (True, "frozen head")):
-        outcomes += _timed(replace(problem, frozen=frozen), smoothing, mode, free)
-    return _weighed(outcomes, problem, smoothing)
+    steps = _steps(problem, smoothing)
+    rows = {
+        (name, mode): Outcome(name, mode, failure=_excluded(name, mode, problem, smoothing, free))
+        for name, mode in steps
+    }
+    for key in rows:
+        if key[0] not in methods:
+            rows[key] = replace(rows[key], failure=f"{LEFT_OUT}: a run of it would take too long")
+    first = _check(steps, rows, end)
+    sound = {key: steps[key] for key, row in rows.items() if not row.failure}
+
+    def rounds(most: int, seconds: float, whole: float) -> dict[Key, list[float]]:
+        left = min(seconds, end - time.monotonic())
+        return interleaved(sound, rounds=most, seconds=left, round_seconds=whole)
+
+    # The checked runs paid for memory that the process did not have yet: a round knows better what the next ones take.
+    once = rounds(1, math.inf, sum(first[key] for key in sound))
+    seconds = {key: (once[key] or [first[key]])[0] for key in sound}
+    _weigh(rows, problem, smoothing, seconds, end)
+    more = rounds(_ROUNDS - 1, _ROUNDS_SECONDS, sum(seconds.values()))
+    for key in sound:
+        taken = [*once[key], *more[key]] or [first[key]]
+        low, middle, high = quantiles(taken).values()
+        rows[key] = replace(rows[key], ms_p20=low, ms_p50=middle, ms_p80=high, rounds=len(taken))
+    return list(rows.values())
 
 
 def operand_bytes(problem: Problem) -> int:
-    """What operands and gradients take, and the check against float32 beside them."""
+    """What operands and gradients take, and the check beside them."""
     numbers = (problem.tokens + problem.vocabulary) * problem.hidden
-    return (2 * problem.dtype.itemsize + 8) * numbers + 12 * SLICE * problem.vocabulary
+    return (2 * problem.dtype.itemsize + 8) * numbers + 40 * SLICE * problem.vocabulary
 
 
 def method_bytes(name: str, problem: Problem, smoothing: float) -> int:
@@ -97,20 +132,28 @@ def method_bytes(name: str, problem: Problem, smoothing: float) -> int:
     return footprint.peak(footprint.Method(name, formula), problem).total
 
 
-def product_seconds(problem: Problem) -> float:
-    """Seconds that a product of 2 NVD takes here, by 64 tokens of it; for fewer, reading the weight sets the pace."""
-    few = replace(problem, tokens=min(problem.tokens, 64))
-    x, weight, *_ = _steps(few, [LEVELHEAD], 0)[LEVELHEAD].operands
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        F.linear(x, weight).sum().item()
-        taken.append(time.perf_counter() - start)
-    return min(taken) * problem.tokens / few.tokens
+def step_seconds(problem: Problem, smoothing: float) -> dict[str, float]:
+    """Seconds that one run of each method takes, in both modes together.
+
+    Measured on a head of the same proportions, smaller where this one is wide: methods cut a head into parts by
+    these, and all of them take time by the product of the sizes.
+    """
+    factor = min(4, max(1, problem.hidden // _WIDTH))
+    small = replace(
+        problem,
+        hidden=-(-problem.hidden // factor),
+        vocabulary=-(-problem.vocabulary // factor),
+    )
+    larger = problem.weight_numbers / small.weight_numbers
+    seconds = dict.fromkeys(LOSSES, 0.0)
+    for (name, _), step in _steps(small, smoothing).items():
+        seconds[name] += larger * min(step.timed()[1] for _ in range(2))
+        step.clear()
+    return seconds
 
 
-def _steps(problem: Problem, names: list[str], smoothing: float) -> dict[str, Step]:
-    """A step for each method, all on the same tensors, with logits of a few units."""
+def _steps(problem: Problem, smoothing: float) -> dict[Key, Step]:
+    """A step for each mode and method, all on the same tensors, with logits of a few units."""
     device = torch.device(problem.device)
     random = torch.Generator(device).manual_seed(0)
     n, d, v, dtype = problem.tokens, problem.hidden, problem.vocabulary, problem.dtype
@@ -118,85 +161,102 @@ def _steps(problem: Problem, names: list[str], smoothing: float) -> dict[str, St
     # Some rows again and again: random numbers for a large head would take longer than its loss.
     rows = torch.randn(min(v, _ROWS), d, dtype=dtype, generator=random, device=device)
     weight = rows.mul_(3 / d**0.5)[torch.arange(v, device=device) % len(rows)]
-    weight.requires_grad_(not problem.frozen)
     target = torch.randint(v, (n,), generator=random, device=device)
-    return {name: Step(LOSSES[name], x, weight, target, smoothing) for name in names}
+    return {
+        (name, mode): Step(loss, x, head, target, smoothing)
+        for mode, head in ((TRAINED, weight.detach().requires_grad_()), (FROZEN, weight))
+        for name, loss in LOSSES.items()
+    }
 
 
-def _timed(problem: Problem, smoothing: float, mode: str, free: int) -> list[Outcome]:
-    """The rows of one mode, without peaks."""
-    failures, shares = dict.fromkeys(LOSSES, ""), dict.fromkeys(LOSSES, float("nan"))
-    for name in LOSSES:
-        need = method_bytes(name, problem, smoothing)
-        if need > free:
-            failures[name] = (
-                f"out of memory: needs about {need / 2**30:.2f} GiB, {free / 2**30:.2f} are free"
-            )
-    able = [name for name in LOSSES if not failures[name]]
-    steps = _steps(problem, able, smoothing)
-    if steps:
-        gate = Gate(steps[able[-1]], steps.get(DENSE))
-        for name, step in steps.items():
-            failures[name], shares[name] = _checked(gate, step)
-    sound = {name: step for name, step in steps.items() if not failures[name]}
-    times = interleaved(sound, rounds=_ROUNDS, seconds=_SECONDS, least=1)
-    return [
-        _outcome(name, mode, times.get(name, []), shares[name], failures[name]) for name in LOSSES
-    ]
+def _excluded(name: str, mode: str, problem: Problem, smoothing: float, free: int) -> str:
+    """Why a method cannot run; empty if it can."""
+    need = method_bytes(name, replace(problem, frozen=mode == FROZEN), smoothing)
+    if need <= free:
+        return ""
+    return f"{OUT_OF_MEMORY}: needs about {need / 2**30:.2f} GiB, {free / 2**30:.2f} are free"
 
 
-def _checked(gate: Gate, step: Step) -> tuple[str, float]:
-    """Why a method is not to be timed, empty if it is; and its error."""
-    try:
-        share = gate.share(step)
-    except Exception as error:  # whatever it is, the other methods are of interest still
-        return _reason(error), float("nan")
-    return ("" if share <= 1 else f"wrong: its error is {share:.3g} times what it may be"), share
+def _check(steps: dict[Key, Step], rows: dict[Key, Outcome], end: float) -> dict[Key, float]:
+    """Fills in the error of each method, or why it is not to be timed; returns the seconds that its run took."""
+    gate = Gate(steps[LEVELHEAD, TRAINED])
+    seconds: dict[Key, float] = {}
+    for (name, mode), step in steps.items():
+        row = rows[name, mode]
+        if row.failure:
+            continue
+        if mode == FROZEN and time.monotonic() + seconds.get((name, TRAINED), 0.0) > end:
+            rows[name, mode] = replace(row, failure=f"{LEFT_OUT}: no time left")
+            continue
+        try:
+            loss, seconds[name, mode] = step.timed()
+            errors = gate.errors([loss, *step.gradients()])
+            if name == DENSE:
+                gate.measure(errors)
+            share = gate.share(errors)
+        except Exception as error:  # whatever it is, the other methods are of interest still
+            rows[name, mode] = replace(row, failure=_reason(error))
+            continue
+        finally:
+            step.clear()
+        wrong = "" if share <= 1 else f"wrong: its error is {share:.3g} times what it may be"
+        # JSON has no NaN.
+        rows[name, mode] = replace(row, error=None if share != share else share, failure=wrong)
+    return seconds
 
 
 def _reason(error: Exception) -> str:
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return f"out of memory: {line}" if short else line
+    return f"{OUT_OF_MEMORY}: {line}" if short else line
 
 
-def _outcome(name: str, mode: str, times: list[float], share: float, failure: str) -> Outcome:
-    error = share if share == share else None  # JSON has no NaN
-    row = Outcome(name, mode, rounds=len(times), error=error, failure=failure)
-    if not times:
-        return row
-    low, middle, high = quantiles(times).values()
-    return replace(row, ms_p20=low, ms_p50=middle, ms_p80=high)
-
-
-def _weighed(outcomes: list[Outcome], problem: Problem, smoothing: float) -> list[Outcome]:
-    """The rows with their peaks."""
-    jobs = [(row.method, row.mode) for row in outcomes if not row.failure]
+def _weigh(
+    rows: dict[Key, Outcome],
+    problem: Problem,
+    smoothing: float,
+    seconds: dict[Key, float],
+    end: float,
+) -> None:
+    """Fills in the peak of each method that has seconds, or why there is none."""
+    peaks: dict[Key, int] | None
     if problem.device != "cpu":
-        peaks = _peaks(problem, smoothing, jobs)
+        peaks = _peaks(problem, smoothing, seconds, 1, end)
     else:  # a fresh process: in one that has run before, memory that was kept would hide a part
+        threads = torch.get_num_threads()  # there is one there
+        soonest = time.monotonic() + threads * min(seconds.values(), default=0.0)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
             try:
-                peaks = child.submit(_peaks, problem, smoothing, jobs).result()
+                peaks = (
+                    {}
+                    if soonest > end
+                    else child.submit(_peaks, problem, smoothing, seconds, threads, end).result()
+                )
             except BrokenProcessPool:  # killed, most likely for want of memory
-                peaks = {}
-    return [replace(row, extra_bytes=peaks.get((row.method, row.mode))) for row in outcomes]
+                peaks = None
+    for key in seconds:
+        size = None if peaks is None else peaks.get(key)
+        why = "not measurable here" if peaks is None else "no time left" if size is None else ""
+        rows[key] = replace(rows[key], extra_bytes=size, unweighed=why)
 
 
 def _peaks(
-    problem: Problem, smoothing: float, jobs: list[tuple[str, str]]
-) -> dict[tuple[str, str], int]:
-    """The extra bytes of some methods and modes; empty where they cannot be measured."""
+    problem: Problem, smoothing: float, seconds: dict[Key, float], slowdown: float, end: float
+) -> dict[Key, int] | None:
+    """The extra bytes of those methods and modes for which there is time; None: they cannot be measured.
+
+    A run takes its seconds times `slowdown`, until the first one has shown how much longer it takes here.
+    """
     if not memory.prepare(torch.device(problem.device)):
-        return {}
-    peaks = {}
-    for frozen in (False, True):
-        names = [name for name, mode in jobs if (mode == "frozen head") == frozen]
-        few = replace(problem, frozen=frozen, tokens=1)
-        for step in _steps(few, names, smoothing).values():
-            step()  # libraries allocate for good on their first call
-        for name, step in _steps(replace(problem, frozen=frozen), names, smoothing).items():
-            mode = "frozen head" if frozen else "forward+backward"
-            peaks[name, mode] = step.extra_bytes()
-            step.clear()
+        return None
+    few = replace(problem, tokens=1, vocabulary=min(problem.vocabulary, _ROWS))
+    for step in _steps(few, smoothing).values():
+        step()  # libraries allocate for good on their first call
+    steps, peaks = _steps(problem, smoothing), {}
+    for key, taken in seconds.items():
+        start = time.monotonic()
+        if start + slowdown * taken <= end:
+            peaks[key] = steps[key].extra_bytes()
+            steps[key].clear()
+            slowdown = (time.monotonic() - start) / taken
     return peaks

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,76 +14,87 @@ from .. import memory
 Operands = tuple[Tensor, Tensor, Tensor, float]
 Loss = Callable[[*Operands], Tensor]
 
+KeyT = TypeVar("KeyT", bound=Hashable)
+
 
 class Step:
     """A loss and its backward, ready to be repeated.
 
     Args:
         loss: What to run.
-        operands: Hidden states, weight, targets and label smoothing; those with requires_grad get gradients.
+        x: Hidden states (N, D); these and the weight get gradients if they require them.
+        weight: Of the head (V, D).
+        target: Vocabulary ids (N,).
+        smoothing: Label smoothing.
     """
 
-    def __init__(self, loss: Loss, *operands: *Operands) -> None:
-        self._loss = loss
-        self.operands: Operands = operands
+    def __init__(
+        self, loss: Loss, x: Tensor, weight: Tensor, target: Tensor, smoothing: float
+    ) -> None:
+        self.loss, self.x, self.weight = loss, x, weight
+        self.target, self.smoothing = target, smoothing
 
     def __call__(self) -> Tensor:
         """Runs it, and returns the loss; the gradients of the last run are gone first."""
         self.clear()
-        loss = self._loss(*self.operands)
+        loss = self.loss(self.x, self.weight, self.target, self.smoothing)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def clear(self) -> None:
         """Lets the gradients go."""
-        for operand in self.operands[:2]:
-            operand.grad = None
+        self.x.grad = self.weight.grad = None
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the last run."""
-        return [operand.grad for operand in self.operands[:2] if operand.grad is not None]
+        return [tensor.grad for tensor in (self.x, self.weight) if tensor.grad is not None]
 
-    def seconds(self) -> float:
-        """The wall time of one run, until the device has done it."""
+    def timed(self) -> tuple[Tensor, float]:
+        """The loss of one run and its wall time, until the device has done it."""
+        self.clear()
         self._wait()
         start = time.perf_counter()
-        self()
+        loss = self()
         self._wait()
-        return time.perf_counter() - start
+        return loss, time.perf_counter() - start
 
     def extra_bytes(self) -> int:
-        """The peak of one run beyond what stood before it and the gradients that it leaves; see `memory.prepare`."""
+        """The peak of one run beyond what stood before it and the gradients that it leaves; see `memory.prepare`.
+
+        So what a method keeps from forward to backward counts, unless it becomes the gradient itself: a gradient kept
+        in float32 until it is rounded to float16 counts whole.
+        """
         self.clear()
-        device = self.operands[0].device
-        before = memory.reset_peak(device)
+        before = memory.reset_peak(self.x.device)
         self()
         left = sum(gradient.nbytes for gradient in self.gradients())
-        return max(0, memory.peak(device) - before - left)
+        return max(0, memory.peak(self.x.device) - before - left)
 
     def _wait(self) -> None:
-        device = self.operands[0].device
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        if self.x.device.type != "cpu":
+            torch.accelerator.synchronize(self.x.device)
 
 
 def interleaved(
-    steps: Mapping[str, Step], *, rounds: int, seconds: float = float("inf"), least: int = 3
-) -> dict[str, list[float]]:
+    steps: Mapping[KeyT, Step], *, rounds: int, seconds: float, round_seconds: float
+) -> dict[KeyT, list[float]]:
     """The times of every step: they take turns, so that a machine's bad moment hits all of them.
 
     Args:
-        steps: What to time, by name.
+        steps: What to time.
         rounds: How often at most.
-        seconds: After so many no new round begins,
-        least: unless there were fewer rounds than this.
+        seconds: What all rounds may take; none begins that would take longer than what is left of them.
+        round_seconds: What the first round will take; of the others the one before says it.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start = time.perf_counter()
-    for done in range(rounds):
-        if done >= least and time.perf_counter() - start > seconds:
+    times: dict[KeyT, list[float]] = {key: [] for key in steps}
+    end = time.monotonic() + seconds
+    for _ in range(rounds):
+        start = time.monotonic()
+        if start + round_seconds > end:
             break
-        for name, step in steps.items():
-            times[name].append(step.seconds())
+        for key, step in steps.items():
+            times[key].append(step.timed()[1])
+        round_seconds = time.monotonic() - start
     return times
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .contest import LOSSES, TORCH, Outcome
+from .contest import LEFT_OUT, LOSSES, OUT_OF_MEMORY, TORCH, Outcome
 
 
 def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
@@ -22,11 +22,12 @@ def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
         highlight=False,
     )
     for mode in dict.fromkeys(row.mode for row in rows):
-        table = Table(title=mode, title_justify="left")
+        dense, *_ = own = [row for row in rows if row.mode == mode]
+        rounds = max(row.rounds for row in own)
+        table = Table(title=f"{mode}, {_rounds(rounds)}", title_justify="left")
         table.add_column("head and loss", no_wrap=True)
         for column in ("median", "20 % to 80 %", "extra memory", "time", "memory"):
             table.add_column(column)
-        dense, *_ = own = [row for row in rows if row.mode == mode]
         for row in own:
             table.add_row(row.method, *_cells(row, dense))
         console.print(table)
@@ -38,6 +39,12 @@ def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
         "was checked first.",
         highlight=False,
     )
+    if any(row.unweighed or row.failure.startswith(LEFT_OUT) for row in rows):
+        console.print(
+            "What was left out is measured with --tokens N, which may take longer; levelhead plan "
+            "computes peaks.",
+            highlight=False,
+        )
     if facts["smoothing"] and TORCH in LOSSES:
         console.print(
             f"{TORCH} has no label smoothing: it falls back to dense logits.", highlight=False
@@ -47,15 +54,20 @@ def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
 def _cells(row: Outcome, dense: Outcome) -> list[str]:
     """What stands beside the method: times, memory, and what they are of the dense ones."""
     if row.ms_p20 is None or row.ms_p50 is None or row.ms_p80 is None:
-        return ["out of memory" if row.failure.startswith("out of memory") else "[red]failed[/]"]
+        known = (what for what in (OUT_OF_MEMORY, LEFT_OUT) if row.failure.startswith(what))
+        return [next(known, "[red]failed[/]")]
     size = row.extra_bytes
-    memory = "not measurable here" if size is None else f"{size / 2**20:.1f} MiB"
+    memory = row.unweighed if size is None else f"{size / 2**20:.1f} MiB"
     cells = [f"{_ms(row.ms_p50)} ms", f"{_ms(row.ms_p20)} to {_ms(row.ms_p80)}", memory]
     if dense.ms_p50:
         cells.append(f"{row.ms_p50 / dense.ms_p50:.2f} x")
     if dense.extra_bytes and size is not None:
         cells.append(f"{size / dense.extra_bytes:.2g} x")
     return cells
+
+
+def _rounds(count: int) -> str:
+    return f"{count} rounds" if count > 1 else "one run each: there was no time for rounds"
 
 
 def _ms(milliseconds: float) -> str:
