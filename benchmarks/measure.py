@@ -188,7 +188,7 @@ def admit(name: str, step: Step, gate: Gate) -> Row:
         return errors | {"gradient_bytes": gradients} | ({"warns": said[0]} if said else {})
     except Exception as error:  # whatever a peer may raise; out of memory too
         failure = reason(error)
-    step.x.grad = step.weight.grad = None
+    step.clear()
     gc.collect()
     torch.cuda.empty_cache()
     return {"failure": failure}

@@ -5,9 +5,7 @@ import datetime
 import os
 import platform
 import re
-import statistics
 import subprocess
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 import levelhead
-from levelhead.cli import memory
+from levelhead.cli.bench import measure
 
 from .methods import STATISTICS, Method
 
@@ -40,7 +38,7 @@ class Case:
     device: str = "cpu"
 
 
-class Step:
+class Step(measure.Step):
     """One loss, and its backward if the case has one, ready to be repeated."""
 
     def __init__(self, case: Case, loss: Method) -> None:
@@ -49,23 +47,24 @@ class Step:
         trainable = case.mode in ("forward+backward", "reduction none")
         x = torch.randn(case.n, case.d, generator=random, device=case.device)
         weight = torch.randn(case.v, case.d, generator=random, device=case.device) * 3 / case.d**0.5
-        self.x = x.to(dtype).requires_grad_(case.mode not in ("forward", STATISTICS))
-        self.weight = weight.to(torch.float32 if case.autocast else dtype).requires_grad_(trainable)
-        self.target = torch.randint(0, case.v, (case.n,), generator=random, device=case.device)
+        x = x.to(dtype).requires_grad_(case.mode not in ("forward", STATISTICS))
+        weight = weight.to(torch.float32 if case.autocast else dtype).requires_grad_(trainable)
+        target = torch.randint(0, case.v, (case.n,), generator=random, device=case.device)
+        super().__init__(loss, x, weight, target, case.eps)
         self.upstream = None  # a scalar's gradient is 1
         if case.mode == "reduction none":  # every token's its own
             self.upstream = torch.linspace(0.5, 1.5, case.n, device=case.device) / case.n
-        self.case, self.loss = case, loss
+        self.case = case
 
     def using(self, loss: Method, eps: float) -> "Step":
         """Return the step with another loss and smoothing on the same tensors, whose gradients they share."""
         other = copy.copy(self)
-        other.loss, other.case = loss, replace(self.case, eps=eps)
+        other.loss, other.smoothing, other.case = loss, eps, replace(self.case, eps=eps)
         return other
 
     def __call__(self) -> Tensor:
         """Run it; the gradients of the last run are gone first."""
-        self.x.grad = self.weight.grad = None
+        self.clear()
         reduction = "mean" if self.upstream is None else "none"
         autocast = torch.autocast(self.x.device.type, self.x.dtype) if self.case.autocast else None
         with autocast or nullcontext():
@@ -73,28 +72,6 @@ class Step:
         if loss.requires_grad:
             loss.backward(self.upstream)
         return loss.detach()
-
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of the last run."""
-        return [t.grad for t in (self.x, self.weight) if t.grad is not None]
-
-    def seconds(self) -> float:
-        """Return the wall time of one run."""
-        start = time.perf_counter()
-        self()
-        return time.perf_counter() - start
-
-    def extra_bytes(self) -> int:
-        """Return the peak of one run beyond what stood before it and the gradients that it leaves.
-
-        So what a method keeps from forward to backward counts, unless it becomes the gradient itself: a gradient kept
-        in float32 until it is rounded to float16 counts whole.
-        """
-        self.x.grad = self.weight.grad = None
-        before = memory.reset_peak(self.x.device)
-        self()
-        gradients = sum(gradient.nbytes for gradient in self.gradients())
-        return memory.peak(self.x.device) - before - gradients
 
 
 def extra_bytes(case: Case, method: Method) -> int:
@@ -114,10 +91,7 @@ def extra_bytes(case: Case, method: Method) -> int:
 
 def quantiles(seconds: list[float]) -> dict[str, Any]:
     """Return the columns of a row that describe its times, in milliseconds; in `ms` those of every round."""
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    low, middle, high = deciles[1], statistics.median(seconds), deciles[7]
-    percentiles = {"ms_p20": 1e3 * low, "ms_p50": 1e3 * middle, "ms_p80": 1e3 * high}
-    return percentiles | {"ms": [round(1e3 * second, 3) for second in seconds]}
+    return measure.quantiles(seconds) | {"ms": [round(1e3 * second, 3) for second in seconds]}
 
 
 PACKAGES = ("transformers", "trl", "liger-kernel", "cut-cross-entropy")

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, measure, methods, step, targets, tune
+from benchmarks import gpu, measure, methods, targets, tune
 from benchmarks.gate import Gate, exact
 from benchmarks.shapes import SHAPES
 from benchmarks.step import Case, Step
 from torch import Tensor
 
+from levelhead.cli import memory
 from levelhead.ops import reference
 
 ROOT = Path(__file__).parents[2]
@@ -192,8 +193,8 @@ def test_extra_memory_is_the_peak_beyond_what_stood_before_and_the_gradients_lef
         assert not one.gradients(), "gradients of the last run stood there"
         return 1000
 
-    monkeypatch.setattr(step.memory, "reset_peak", reset_peak)
-    monkeypatch.setattr(step.memory, "peak", lambda _: 1000 + (4 + 2) * numbers)
+    monkeypatch.setattr(memory, "reset_peak", reset_peak)
+    monkeypatch.setattr(memory, "peak", lambda _: 1000 + (4 + 2) * numbers)
     assert one.extra_bytes() == 4 * numbers
 
 
