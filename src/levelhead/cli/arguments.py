@@ -5,6 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def share(text: str) -> float:
     """A number in [0, 1]."""
@@ -61,6 +65,11 @@ def add_model(parser: Any, options: Any = None, *, optional: bool = False) -> No
         action="store_true",
         help="run Python code that comes with the model (default: refuse)",
     )
+
+
+def add_dtype(parser: Any, default: str) -> None:
+    """Adds the dtype of a head, a key of DTYPES."""
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help="(default: %(default)s)")
 
 
 def add_data(parser: Any) -> None:

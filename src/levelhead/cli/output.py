@@ -1,4 +1,4 @@
-"""The folder that a verb writes its results to."""
+"""The folder that a verb writes its results to, and goes on with."""
 
 import json
 import os
@@ -25,3 +25,20 @@ def make_folder(path: Path) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON for people and programs alike."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def changed_settings(path: Path, settings: dict[str, Any]) -> str:
+    """Which settings are not those that a verb wrote down when it began, with both values; empty: none.
+
+    Raises:
+        CliError: What it wrote cannot be read.
+    """
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CliError(f"cannot go on: {path} cannot be read: {error}") from error
+    return ", ".join(
+        f"{name} (was {before.get(name)}, is {value})"
+        for name, value in settings.items()
+        if value != before.get(name)
+    )

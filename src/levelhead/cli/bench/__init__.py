@@ -15,7 +15,7 @@ import torch
 import levelhead
 
 from .. import memory
-from ..arguments import add_model, count, share
+from ..arguments import DTYPES, add_dtype, add_model, count, share
 from ..errors import CliError, WrongResultError, missing_extra
 from ..plan.architecture import read_architecture
 from ..plan.footprint import Problem
@@ -42,7 +42,6 @@ exit codes:
   1    levelhead computes something wrong on this machine
   2    wrong arguments or unusable input; stderr says which
 """
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SECONDS = 45.0  # of a minute; Python and torch take the rest before and after
 _FORETOLD = 0.6  # the share of these that what is foretold may take
 
@@ -65,7 +64,7 @@ def add_parser(verbs: Any) -> None:
         metavar="N",
         help="measure N tokens, however long it takes (default: what fits the minute and the memory)",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="(default: %(default)s)")
+    add_dtype(parser, "fp32")
     parser.add_argument(
         "--smoothing",
         type=share,
@@ -92,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + _SECONDS
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     hidden, vocabulary = _shape(arguments)
-    one = Problem(1, hidden, vocabulary, _DTYPES[arguments.dtype], device=device.type)
+    one = Problem(1, hidden, vocabulary, DTYPES[arguments.dtype], device=device.type)
     free = memory.free(device)
     if operand_bytes(one) > free:
         raise CliError(

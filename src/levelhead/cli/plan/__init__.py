@@ -6,9 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from ..arguments import add_model, count, positive
+from ..arguments import DTYPES, add_dtype, add_model, count, positive
 from ..errors import CliError
 from .architecture import read_architecture
 from .cost import Layout, cost
@@ -38,7 +36,6 @@ What it assumes:
   --memory counts what stands at the loss: the model's states, one hidden state a layer (gradient
   checkpointing) and the head. Adapters, other moments of the step and the CUDA context come on top.
 """
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_parser(verbs: Any) -> None:
@@ -73,7 +70,7 @@ def add_parser(verbs: Any) -> None:
         metavar="P",
         help="GPUs that share each layer, and the head's rows (default: 1)",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="(default: %(default)s)")
+    add_dtype(parser, "bf16")
     parser.add_argument("--lora", action="store_true", help="the model, and so its head, is frozen")
     parser.add_argument(
         "--memory", type=positive, metavar="GIB", help="of a GPU, for the longest micro-batch"
@@ -99,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--gpus {arguments.gpus} cannot be divided into tensor-parallel groups of "
             f"{arguments.tensor_parallel}; choose --tensor-parallel among the divisors of --gpus"
         )
-    dtype = _DTYPES[arguments.dtype]
+    dtype = DTYPES[arguments.dtype]
     architecture = read_architecture(
         arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
     )

@@ -1,7 +1,6 @@
 """`levelhead sft` from end to end, on transformers' Trainer."""
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -28,7 +27,7 @@ from levelhead.objectives import Distillation
 
 from ..errors import CliError
 from ..models import load_model, load_tokenizer
-from ..output import make_folder, write_json
+from ..output import changed_settings, make_folder, write_json
 from ..progress import progress_bar
 from ..sources import open_source
 from ..teacher.store import TeacherStore
@@ -293,16 +292,11 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     """Refuses to resume a run that began with other settings; until a checkpoint, any will do."""
     if _last_whole_checkpoint(output) is None:
         return
-    path = output / _SETTINGS
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot resume: {path} cannot be read: {error}") from error
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    changed = changed_settings(output / _SETTINGS, settings)
     if changed:
         raise CliError(
             "cannot resume, because a run with other settings would not be the same run; changed "
-            + ", ".join(f"{name} (was {before.get(name)}, is {settings[name]})" for name in changed)
+            + changed
         )
 
 

@@ -18,7 +18,7 @@ from levelhead.objectives import recalibrate
 
 from ..errors import CliError
 from ..models import load_model, load_tokenizer
-from ..output import make_folder
+from ..output import changed_settings, make_folder
 from ..progress import progress_bar
 from ..sft.preparation import Counts, prepare
 from ..sft.tokens import Collator, encode
@@ -127,16 +127,11 @@ def _check_settings(folder: Path, settings: dict[str, Any], rank: int) -> None:
             )
         write_atomically(path, settings, part=str(rank))
         return
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot go on: {path} cannot be read: {error}") from error
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    changed = changed_settings(path, settings)
     if changed:
         raise CliError(
             f"{folder} was begun with other settings, and its parts would not be of one teacher; "
-            "name another folder with --output. Changed: "
-            + ", ".join(f"{name} (was {before.get(name)}, is {settings[name]})" for name in changed)
+            f"name another folder with --output. Changed: {changed}"
         )
 
 
