@@ -130,18 +130,20 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the commit of the working tree; of a copy without a repository, what the variable COMMIT says."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-    ]
+    """Return the commit of the working tree; of a copy without a repository, what the variable COMMIT says.
+
+    It is dirty where a file differs that has a part in what is measured: results of other benchmarks have none.
+    """
+    root = Path(__file__).parents[1]
+    sources = ("--", ".", ":!benchmarks/results", ":!docs", ":!README.md")
     try:
-        found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        found = _git(root, "rev-parse", "--short", "HEAD").stdout.strip()
+        changed = _git(root, "diff", "--quiet", "HEAD", *sources).returncode
     except OSError:  # no git
-        found = ""
-    return found or os.environ.get("COMMIT") or "unknown"
+        found, changed = "", 0
+    return f"{found}{'-dirty' if changed else ''}" if found else os.environ.get("COMMIT", "unknown")
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
