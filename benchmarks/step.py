@@ -141,7 +141,9 @@ def commit() -> str:
         changed = _git(root, "diff", "--quiet", "HEAD", *sources).returncode
     except OSError:  # no git
         found, changed = "", 0
-    return f"{found}{'-dirty' if changed else ''}" if found else os.environ.get("COMMIT", "unknown")
+    if not found:
+        return os.environ.get("COMMIT") or "unknown"
+    return f"{found}-dirty" if changed else found
 
 
 def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
