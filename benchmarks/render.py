@@ -206,7 +206,7 @@ def corpus() -> str:
 def works(table: Results) -> str:
     """Return where a patched model was held against an unpatched one: in the sweep, and in several processes."""
     lines = ["| where | held against dense label smoothing | in |", "|---|---|---|"]
-    for where, what, test in _architectures(table):
+    for where, what, test in _architectures(table["architectures"]):
         lines.append(f"| {where} | {what} | `tests/{test}.py` |")
     for where, names, test in _engines():
         lines.append(f"| {where} | {len(names)} ways to set it up | `tests/{test}.py` |")

@@ -21,6 +21,10 @@ def test_its_figures_are_those_of_the_committed_results(page: str) -> None:
     assert render.render(PAGES[page]) == PAGES[page], "run: python -m benchmarks.render"
 
 
+def test_no_table_counts_nothing() -> None:
+    assert not [line for text in PAGES.values() for line in text.splitlines() if "0 of 0" in line]
+
+
 def test_every_block_stands_on_a_page() -> None:
     found = {name for text in PAGES.values() for name in re.findall(r"<!-- (\w+) -->", text)}
     assert found == set(render.BLOCKS)
