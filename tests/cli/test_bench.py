@@ -80,13 +80,12 @@ def test_tokens_are_chosen_and_the_reason_said(monkeypatch, capsys):
 def test_what_there_is_no_time_for_is_left_out_and_said(monkeypatch, capsys):
     monkeypatch.setattr("levelhead.cli.bench._SECONDS", 0.0)
     rows = {(row["method"], row["mode"]): row for row in bench(capsys, *SHAPE)["rows"]}
-    for method in (contest.DENSE, contest.LEVELHEAD):
-        trained, frozen = (rows[method, mode] for mode in (contest.TRAINED, contest.FROZEN))
-        assert trained["ms_p50"] > 0
-        assert trained["rounds"] == 1
-        assert trained["extra_bytes"] is None
-        assert trained["unweighed"] == "no time left"
-        assert frozen["failure"] == "left out: no time left"
+    trained = rows.pop((contest.LEVELHEAD, contest.TRAINED))
+    assert trained["ms_p50"] > 0
+    assert trained["rounds"] == 1
+    assert trained["extra_bytes"] is None
+    assert trained["unweighed"] == "no time left"
+    assert all(row["failure"].startswith("left out: ") for row in rows.values())
     assert main(["bench", *SHAPE]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "one run each" in printed

@@ -43,7 +43,7 @@ exit codes:
   2    wrong arguments or unusable input; stderr says which
 """
 _SECONDS = 45.0  # of a minute; Python and torch take the rest before and after
-_FORETOLD = 0.6  # the share of these that what is foretold may take
+_FORETOLD = 0.9  # the share of what is left that all runs may take, by what is foretold of them
 
 
 def add_parser(verbs: Any) -> None:

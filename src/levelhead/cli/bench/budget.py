@@ -23,32 +23,30 @@ def choose(
         free: Bytes.
         seconds: What all of it may take.
     """
-    taken: dict[str, float] = {}
 
-    def too_many(tokens: int) -> str:
+    def foretold(tokens: int, methods: Collection[str]) -> dict[str, float]:
         some = replace(one, tokens=tokens)
-        need = operand_bytes(some) + max(method_bytes(name, some, smoothing) for name in LOSSES)
-        if need > (free if tokens <= _USUAL else free / 2):
-            return "more would take too much of the free memory"
-        taken.update(_seconds(some, smoothing))
-        return "more would take over a minute" if sum(taken.values()) > seconds else ""
+        # On a CPU memory is measured with one thread.
+        slowdown = torch.get_num_threads() if one.device == "cpu" else 1
+        runs = 2 + slowdown + (_ROUNDS if tokens > _USUAL else 0)  # checks, peaks, rounds
+        return {
+            name: runs * taken for name, taken in step_seconds(some, smoothing, methods).items()
+        }
 
-    tokens, why = _USUAL, too_many(_USUAL)
-    if not why:
-        while tokens < _MOST and not (why := too_many(2 * tokens)):
-            tokens *= 2
-        return tokens, LOSSES, why or "enough for steady times"
-    why += "; times at so few say little of training"
-    if not too_many(_LEAST):
-        return _LEAST, LOSSES, why
+    least = foretold(_LEAST, LOSSES)
     # Torch's fused loss cuts a wide head into parts of few tokens, each of which goes through the whole weight.
-    slow = taken.get(TORCH, 0.0) > seconds / 2
-    return _LEAST, [name for name in LOSSES if not (slow and name == TORCH)], why
-
-
-def _seconds(problem: Problem, smoothing: float) -> dict[str, float]:
-    """What each method takes: it is checked, its peak measured and, of more than a few tokens, timed in rounds."""
-    # On a CPU memory is measured with one thread.
-    slowdown = torch.get_num_threads() if problem.device == "cpu" else 1
-    runs = 2 + slowdown + (_ROUNDS if problem.tokens > _USUAL else 1)
-    return {name: runs * taken for name, taken in step_seconds(problem, smoothing).items()}
+    methods = [name for name in LOSSES if name != TORCH or least[name] <= seconds / 2]
+    tokens, more = _LEAST, _USUAL
+    taken = sum(least[name] for name in methods)
+    while taken <= seconds and tokens < _MOST:
+        some = replace(one, tokens=more)
+        need = operand_bytes(some) + max(method_bytes(name, some, smoothing) for name in methods)
+        if need > (free if more <= _USUAL else free / 2):
+            return tokens, methods, "more would take too much of the free memory"
+        taken = sum(foretold(more, methods).values())
+        if taken <= seconds:
+            tokens, more = more, 2 * more
+    if tokens >= _MOST:
+        return tokens, methods, "enough for steady times"
+    few = "; times at so few say little of training" if tokens < _USUAL else ""
+    return tokens, methods, f"more would take over a minute{few}"

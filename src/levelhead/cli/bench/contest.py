@@ -27,6 +27,7 @@ OUT_OF_MEMORY, LEFT_OUT = "out of memory", "left out"  # how a failure that is n
 _ROUNDS = 9
 _ROUNDS_SECONDS = 16.0
 _ROWS = 4096  # of the head that differ
+_SHORT = 0.5  # seconds of a run that is foretold from a second one
 _WIDTH = 256  # of the head by which times are foretold
 
 Key = tuple[str, str]  # method and mode
@@ -89,8 +90,8 @@ def compete(
         smoothing: Label smoothing.
         methods: Those of LOSSES for which there is time; of the others a row says that there is none.
         free: Bytes that a method's peak may take; one that would take more is a row that says so.
-        end: When to be done, by time.monotonic: what would take longer is left out, and a row says so. Each method is
-            checked in any case, with a trained head.
+        end: When to be done, by time.monotonic: what would take longer is left out, and a row says so. Only Levelhead
+            is checked in any case, with a trained head.
     """
     steps = _steps(problem, smoothing)
     rows = {
@@ -132,8 +133,8 @@ def method_bytes(name: str, problem: Problem, smoothing: float) -> int:
     return footprint.peak(footprint.Method(name, formula), problem).total
 
 
-def step_seconds(problem: Problem, smoothing: float) -> dict[str, float]:
-    """Seconds that one run of each method takes, in both modes together.
+def step_seconds(problem: Problem, smoothing: float, methods: Collection[str]) -> dict[str, float]:
+    """Seconds that one run of some methods takes, in both modes together.
 
     Measured on a head of the same proportions, smaller where this one is wide: methods cut a head into parts by
     these, and all of them take time by the product of the sizes.
@@ -145,10 +146,14 @@ def step_seconds(problem: Problem, smoothing: float) -> dict[str, float]:
         vocabulary=-(-problem.vocabulary // factor),
     )
     larger = problem.weight_numbers / small.weight_numbers
-    seconds = dict.fromkeys(LOSSES, 0.0)
+    seconds = dict.fromkeys(methods, 0.0)
     for (name, _), step in _steps(small, smoothing).items():
-        seconds[name] += larger * min(step.timed()[1] for _ in range(2))
-        step.clear()
+        if name in methods:
+            taken = step.timed()[1]
+            if taken < _SHORT:  # the first run may have been slower
+                taken = min(taken, step.timed()[1])
+            seconds[name] += larger * taken
+            step.clear()
     return seconds
 
 
@@ -181,27 +186,29 @@ def _check(steps: dict[Key, Step], rows: dict[Key, Outcome], end: float) -> dict
     """Fills in the error of each method, or why it is not to be timed; returns the seconds that its run took."""
     gate = Gate(steps[LEVELHEAD, TRAINED])
     seconds: dict[Key, float] = {}
-    for (name, mode), step in steps.items():
-        row = rows[name, mode]
+    errors: dict[Key, list[float]] = {}
+    # Levelhead goes first, and says what time the others may need.
+    for key in sorted(steps, key=lambda key: (key[1] == FROZEN, key[0] != LEVELHEAD)):
+        row, step = rows[key], steps[key]
         if row.failure:
             continue
-        if mode == FROZEN and time.monotonic() + seconds.get((name, TRAINED), 0.0) > end:
-            rows[name, mode] = replace(row, failure=f"{LEFT_OUT}: no time left")
+        need = seconds.get((row.method, TRAINED), max(seconds.values(), default=0.0))
+        if key != (LEVELHEAD, TRAINED) and time.monotonic() + need > end:
+            rows[key] = replace(row, failure=f"{LEFT_OUT}: no time left")
             continue
         try:
-            loss, seconds[name, mode] = step.timed()
-            errors = gate.errors([loss, *step.gradients()])
-            if name == DENSE:
-                gate.measure(errors)
-            share = gate.share(errors)
+            loss, seconds[key] = step.timed()
+            errors[key] = gate.errors([loss, *step.gradients()])
         except Exception as error:  # whatever it is, the other methods are of interest still
-            rows[name, mode] = replace(row, failure=_reason(error))
-            continue
+            rows[key] = replace(row, failure=_reason(error))
         finally:
             step.clear()
+    gate.measure(errors.get((DENSE, TRAINED)) or errors.get((DENSE, FROZEN)) or [])
+    for key, found in errors.items():
+        share = gate.share(found)
         wrong = "" if share <= 1 else f"wrong: its error is {share:.3g} times what it may be"
         # JSON has no NaN.
-        rows[name, mode] = replace(row, error=None if share != share else share, failure=wrong)
+        rows[key] = replace(rows[key], error=None if share != share else share, failure=wrong)
     return seconds
 
 

@@ -26,7 +26,7 @@ class Gate:
         roundings = torch.finfo(step.x.dtype).eps + 256 * torch.finfo(torch.float32).eps
         self._largest = [torch.linalg.vector_norm(true, torch.inf).item() for true in self._truth]
         self._roundings = [roundings * largest for largest in self._largest]
-        self._budgets = self._roundings
+        self._budgets = [*self._roundings]
 
     def errors(self, results: list[Tensor]) -> list[float]:
         """The largest error of the loss, and of each gradient that there is: hidden states, weight."""
@@ -43,9 +43,8 @@ class Gate:
                 raise ArithmeticError(
                     f"PyTorch's dense path is off by {error:.2g} of {largest:.2g}"
                 )
-        self._budgets = [
-            2 * error + rounding for error, rounding in zip(dense, self._roundings, strict=False)
-        ]
+        for index, error in enumerate(dense):
+            self._budgets[index] = 2 * error + self._roundings[index]
 
     def share(self, errors: list[float]) -> float:
         """The largest of some errors, as a share of what it may be; NaN stays NaN."""

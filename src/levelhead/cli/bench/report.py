@@ -24,7 +24,7 @@ def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
     for mode in dict.fromkeys(row.mode for row in rows):
         dense, *_ = own = [row for row in rows if row.mode == mode]
         rounds = max(row.rounds for row in own)
-        table = Table(title=f"{mode}, {_rounds(rounds)}", title_justify="left")
+        table = Table(title=f"{mode}{_rounds(rounds)}", title_justify="left")
         table.add_column("head and loss", no_wrap=True)
         for column in ("median", "20 % to 80 %", "extra memory", "time", "memory"):
             table.add_column(column)
@@ -67,7 +67,9 @@ def _cells(row: Outcome, dense: Outcome) -> list[str]:
 
 
 def _rounds(count: int) -> str:
-    return f"{count} rounds" if count > 1 else "one run each: there was no time for rounds"
+    if count > 1:
+        return f", {count} rounds"
+    return ", one run each: there was no time for rounds" if count else ""
 
 
 def _ms(milliseconds: float) -> str:
