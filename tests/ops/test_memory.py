@@ -103,9 +103,10 @@ def test_the_budget_follows_from_the_size_of_the_weight(
     ("count", "chunk"),
     [(0, 1), (1, 1), (255, 255), (256, 128), (300, 150), (512, 128), (4096, 456)],
 )
-def test_a_chunk_is_a_quarter_of_the_tokens_unless_these_are_few_or_the_budget_is_less(
+def test_a_chunk_is_a_quarter_of_the_tokens_unless_that_is_little_or_the_budget_is_less(
     count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     weight = torch.empty(16384, 128, device="meta")
     assert chunked.chunk_tokens(count, weight, torch.float32) == chunk
+    assert chunked.chunk_tokens(count, weight[:256], torch.float32) == max(1, count)

@@ -42,13 +42,12 @@ from .sums import at, finish, float16_scale, slices, zeros
 # whole weight and its gradient; more would take a call past 32 MiB.
 _BUDGET_SHARE = 1 / 8
 _BUDGET_FLOOR = 63 * 2**19  # bytes
-# Four chunks take no longer than one, if each has tokens enough to be worth reading the weight and its gradient for.
+# Four chunks take no longer than one, if each is worth reading the weight and its gradient for, and a few calls more.
 _CHUNKS = 4
 _CHUNK_TOKENS = 128
+_CHUNK_BYTES = 2**22
 _TILE_TOKENS = 512
-_TILE_BYTES = (
-    8 * 2**20
-)  # of the weight that a CPU casts and multiplies at a time: it stays in cache
+_TILE_BYTES = 2**23  # of the weight that a CPU casts at a time: it stays in cache
 
 
 def linear_logit_stats(
@@ -175,9 +174,10 @@ def _tile_shape(
 
 def chunk_tokens(count: int, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int = 1) -> int:
     """Return how many of ``count`` tokens a chunk has, so that all buffers for the whole vocabulary fit the budget."""
-    within = buffer_budget(linear_weight) // (buffers * dtype.itemsize * len(linear_weight))
-    chunks = max(1, min(_CHUNKS, count // _CHUNK_TOKENS), -(-count // max(within, 1)))
-    return max(1, -(-count // chunks))
+    token_bytes = buffers * dtype.itemsize * len(linear_weight)
+    needed = -(-count // max(1, buffer_budget(linear_weight) // token_bytes))
+    worthwhile = min(_CHUNKS, count // _CHUNK_TOKENS, count * token_bytes // _CHUNK_BYTES)
+    return max(1, -(-count // max(1, needed, worthwhile)))
 
 
 def _operand_dtype(input: Tensor) -> torch.dtype:
@@ -190,7 +190,7 @@ def _head_tiles(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield the head in tiles of at most ``entries`` vocabulary entries, in the dtype to multiply in."""
     operand = _operand_dtype(input)
-    if input.is_cpu:
+    if linear_weight.dtype != operand:
         row_bytes = operand.itemsize * max(linear_weight.shape[1], 1)
         entries = min(entries, max(1, _TILE_BYTES // row_bytes))
     for columns in slices(len(linear_weight), entries):
