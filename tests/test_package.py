@@ -60,6 +60,7 @@ def test_the_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
 def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path) -> None:
     failed = [line.split() for line in _run(fresh / "python", "-c", _IMPORT_ALL).splitlines()]
     optional = (
+        "levelhead.cli.bench.report",
         "levelhead.cli.capacity.",
         "levelhead.cli.demo.",
         "levelhead.cli.models",
