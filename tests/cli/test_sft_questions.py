@@ -59,5 +59,5 @@ def test_only_numbered_questions_come_with_their_letters(tokenizer):
 def test_a_tokenizer_without_an_end_is_refused(tokenizer):
     tokenizer = load_tokenizer(TINY, None, trust_remote_code=False)
     tokenizer.eos_token = None
-    with pytest.raises(CliError, match="no EOS token"):
+    with pytest.raises(CliError, match=r"no EOS token.*set its eos_token"):
         question_encoder(tokenizer, completion_only=True)

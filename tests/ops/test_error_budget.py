@@ -12,6 +12,12 @@ from levelhead.ops import chunked, tile
 N, D, V = 67, 96, 1003
 
 
+@pytest.fixture(autouse=True)
+def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow head is cut in tiles to be cast, eleven here."""
+    monkeypatch.setattr(chunked, "_TILE_BYTES", 4 * D * 100)
+
+
 RUNS = [
     ("chunked", "cpu"),
     ("reference", "cpu"),

@@ -38,8 +38,8 @@ from .statistics import (
 from .sums import at, finish, float16_scale, slices, zeros
 
 # The memory budget for all buffers of logits: 1/8 of the weight, so that they never matter beside the weight and its
-# gradient. For a small head 31.5 MiB, 258 tokens at V = 32000: fewer would be slower, since every chunk reads the
-# whole weight and its gradient; more would take a call past 32 MiB.
+# gradient. For a small head 31.5 MiB, 258 tokens at V = 32000, so that a call stays within 32 MiB. Less would make many
+# tokens slower, since every chunk reads the whole weight and its gradient.
 _BUDGET_SHARE = 1 / 8
 _BUDGET_FLOOR = 63 * 2**19  # bytes
 # Four chunks take no longer than one, if each is worth reading the weight and its gradient for, and a few calls more.

@@ -66,7 +66,9 @@ def question_encoder(
         CliError: The tokenizer cannot do it.
     """
     if tokenizer.eos_token_id is None:
-        raise CliError("the tokenizer has no EOS token, so no answer could end")
+        raise CliError(
+            "the tokenizer has no EOS token, so no answer could end; set its eos_token and save it again"
+        )
     try:
         prompter = Prompter(tokenizer)
     except ValueError as error:

@@ -57,7 +57,9 @@ def encode(example: Pair | Chat, tokenizer: Any) -> Tokens:
 def _encode_pair(pair: Pair, tokenizer: Any) -> Tokens:
     """Prompt and completion as one text if its tokens divide between them, else apart; then EOS."""
     if tokenizer.eos_token_id is None:
-        raise CliError("the tokenizer has no EOS token, so no completion could end")
+        raise CliError(
+            "the tokenizer has no EOS token, so no completion could end; set its eos_token and save it again"
+        )
     prompt = _without_eos(tokenizer(pair.prompt)["input_ids"], tokenizer)
     ids = _without_eos(tokenizer(pair.prompt + pair.completion)["input_ids"], tokenizer)
     if ids[: len(prompt)] != prompt:
