@@ -72,7 +72,8 @@ def test_tokens_are_chosen_and_the_reason_said(monkeypatch, capsys):
     assert said["tokens"] == 16
     assert said["tokens_are"].startswith("more would take over a minute; times at so few")
     failures = {row["method"]: row["failure"] for row in said["rows"]}
-    assert failures[contest.TORCH] == "left out: a run of it would take too long"
+    if contest.TORCH in contest.LOSSES:  # torch >= 2.13
+        assert failures[contest.TORCH] == "left out: a run of it would take too long"
     assert not failures["levelhead"]
     assert not failures["F.cross_entropy"]
 

@@ -34,7 +34,9 @@ WIDE = [problem for problem in PROBLEMS if not problem.narrow]
 
 def allocated_peak(run):
     """The most bytes of PyTorch's CPU allocator, as torch.cuda.max_memory_allocated on a GPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # Without acc_events torch 2.11 warns that it keeps the events of one cycle; there is one.
+    options = {"profile_memory": True, "acc_events": True}
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
