@@ -3,7 +3,13 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from .integrations import check_patch, inductor_options, patch_model, unpatch_model
+from .integrations import (
+    check_patch,
+    inductor_options,
+    patch_info,
+    patch_model,
+    unpatch_model,
+)
 from .ops import LinearCrossEntropyLoss, LogitStats, linear_cross_entropy, linear_logit_stats
 
 try:
@@ -17,6 +23,7 @@ __all__ = [
     "inductor_options",
     "linear_cross_entropy",
     "linear_logit_stats",
+    "patch_info",
     "patch_model",
     "unpatch_model",
 ]

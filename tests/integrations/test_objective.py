@@ -72,6 +72,7 @@ def test_a_training_batch_without_its_columns_is_refused() -> None:
         model(**inputs)
 
 
+@torch.no_grad()
 def test_evaluation_is_what_it_was() -> None:
     model = tiny().eval()
     inputs = {key: batch()[key] for key in ("input_ids", "labels")}

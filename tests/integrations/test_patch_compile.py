@@ -51,6 +51,7 @@ def test_new_batches_and_lengths_do_not_recompile():
     assert len(graphs) == 1
 
 
+@torch.no_grad()
 def test_eval_compiles_to_the_logits():
     model = patch_model(small()).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

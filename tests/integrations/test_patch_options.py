@@ -14,6 +14,7 @@ from tests.integrations.tiny_models import (
 from levelhead.integrations import patch_model
 
 
+@torch.no_grad()
 def test_eval_smoothing_smooths_the_loss_and_keeps_the_logits():
     plain, patched = tiny().eval(), patch_model(tiny(), eval_smoothing=0.2).eval()
     output = patched(**batch())
@@ -22,6 +23,7 @@ def test_eval_smoothing_smooths_the_loss_and_keeps_the_logits():
 
 
 @pytest.mark.parametrize("eval_smoothing", [0.0, 0.2])
+@torch.no_grad()
 def test_eval_without_logits(eval_smoothing):
     model = patch_model(tiny(), eval_smoothing=eval_smoothing, eval_logits=False).eval()
     output = model(**batch())
@@ -32,6 +34,7 @@ def test_eval_without_logits(eval_smoothing):
     assert "logits" in model(**batch(), skip_logits=False)
 
 
+@torch.no_grad()
 def test_one_eval_call_may_skip_its_logits():
     model = patch_model(tiny()).eval()
     output = model(**batch(), skip_logits=True)
@@ -52,7 +55,8 @@ def test_temperature_divides_the_logits_and_multiplies_the_loss(family):
     logits = plain(batch()["input_ids"]).logits / 0.5
     want = 0.5 * _smoothed(logits)
     assert_same_training(patched, patched(**batch()).loss, plain, want)
-    assert torch.equal(patched.eval()(**batch()).loss, plain.eval()(**batch()).loss)
+    with torch.no_grad():
+        assert torch.equal(patched.eval()(**batch()).loss, plain.eval()(**batch()).loss)
 
 
 def test_a_softcap_of_the_users_comes_after_the_temperature():
@@ -85,7 +89,8 @@ def test_patching_again_sets_every_option():
     model = patch_model(tiny(), 0.1, temperature=0.5, softcap=1.0, eval_logits=False)
     patch_model(model, 0.3)
     torch.testing.assert_close(model(**batch()).loss, dense_loss(tiny(), **batch(), smoothing=0.3))
-    assert "logits" in model.eval()(**batch())
+    with torch.no_grad():
+        assert "logits" in model.eval()(**batch())
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_decoder_inputs_of_the_users_own(name):
 
 
 @pytest.mark.parametrize("name", _MODELS)
+@torch.no_grad()
 def test_eval_is_what_it_was(name):
     plain, patched = _tiny(name).eval(), patch_model(_tiny(name)).eval()
     want, got = plain(**batch()), patched(**batch())

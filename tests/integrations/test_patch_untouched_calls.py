@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tests.integrations.tiny_models import FAMILIES, LENGTH, batch, tiny
+from tests.integrations.tiny_models import FAMILIES, batch, tiny
 
 from levelhead.integrations import patch_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_eval_with_labels(family):
     plain, patched = tiny(family).eval(), patch_model(tiny(family)).eval()
     want, got = plain(**batch()), patched(**batch())
@@ -30,13 +31,6 @@ def test_a_training_call_without_labels_or_gradients_does_not_warn():
         assert patch_model(tiny())(batch()["input_ids"]).loss is None
 
 
-def test_a_training_call_for_some_positions():
-    plain, patched = tiny(), patch_model(tiny())
-    want, got = plain(**batch()), patched(**batch(), logits_to_keep=LENGTH)
-    assert torch.equal(got.logits, want.logits)
-    assert torch.equal(got.loss, want.loss)
-
-
 def test_generate():
     plain, patched = tiny().eval(), patch_model(tiny()).eval()
     prompt = batch()["input_ids"]
@@ -47,5 +41,5 @@ def test_generate():
 def test_a_loss_function_set_by_the_user_still_serves_eval():
     model = patch_model(tiny()).eval()
     model.loss_function = lambda logits, **_: logits.new_tensor(42.0)
-    assert model(**batch()).loss.item() == 42
-    assert model.train()(**batch()).loss.item() != 42
+    with torch.no_grad():
+        assert model(**batch()).loss.item() == 42

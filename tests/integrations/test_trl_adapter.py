@@ -22,7 +22,8 @@ FIELDS = ("log_probs", "entropy", "is_top1")
 def fused(model, **inputs):
     """What the model answers to TRL; `inputs` beside a batch with a prompt and a gap."""
     found = batch() | {"attention_mask": torch.ones_like(batch()["input_ids"])} | inputs
-    return model(fused_lm_head=True, **found)
+    with torch.set_grad_enabled(model.training):
+        return model(fused_lm_head=True, **found)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "mixtral"])
@@ -104,7 +105,8 @@ def test_patch_trainer_equals_patching_first_and_sets_options_anew(tmp_path):
     trainer.train()
     assert_same_parameters(trainer.model, want, atol=0.0)
     trainer.model.double().eval()
-    want = patch_model(trainer.model, eval_smoothing=0.2)(**batch()).loss
+    with torch.no_grad():
+        want = patch_model(trainer.model, eval_smoothing=0.2)(**batch()).loss
     assert fused(trainer.model).loss.item() == pytest.approx(want.item())
 
 

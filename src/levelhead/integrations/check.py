@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import language_model
-from .loss_head import IGNORE_INDEX, LossHead
-from .patch import PatchState, patch_model, patch_state, unpatch_model
+from .loss_call import IGNORE_INDEX
+from .loss_head import LossHead
+from .patch import patch_model, unpatch_model
+from .patched import PatchState, patch_state
 
 _SUM_ROUNDINGS = 1024  # what a sum of a million terms may lose: the square root of their number
 _LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts

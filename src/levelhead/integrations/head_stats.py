@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import LogitStats, linear_logit_stats
 from .heads import intercepts_linear, language_model, output_heads
-from .patch import patch_state
+from .patched import patch_state
 from .probe import HeadTransform, probe_head
 
 

@@ -22,6 +22,11 @@ def refusal(model: nn.Module, reason: str, remedy: str) -> ValueError:
     return ValueError(f"patch_model cannot serve {type(model).__name__}: {reason}. {remedy}.")
 
 
+def original_class(model: Any) -> Any:
+    """The class of `model` without the patch."""
+    return getattr(type(model), "_levelhead_original", type(model))
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The module that returns the loss: `model` itself, or the one that its wrappers hold.
 
@@ -49,8 +54,7 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
         ValueError: the loss cannot be taken inside a call of the head, because that is not just
             `torch.nn.Linear.forward` on a floating-point weight.
     """
-    path = path_of_head(model)
-    heads = [_checked(model, head, path) for head in _inner_heads(model.get_submodule(path))]
+    heads, path = linear_heads(model), path_of_head(model)
     owners = [".".join(path.split(".")[:depth]) for depth in range(path.count(".") + 1)]
     # That of a tensor-parallel head only gathers its logits, which its loss does without.
     exempt = [
@@ -69,6 +73,16 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
                 "levelhead.integrations.trl",
             )
     return heads
+
+
+def linear_heads(model: nn.Module) -> list[nn.Linear]:
+    """As `output_heads`, whatever forward was set on them or around them.
+
+    Raises:
+        ValueError: one is no plain linear layer.
+    """
+    path = path_of_head(model)
+    return [_checked(model, head, path) for head in _inner_heads(model.get_submodule(path))]
 
 
 def _embeddings(model: nn.Module) -> nn.Module | None:
@@ -135,8 +149,7 @@ def _inner_heads(head: nn.Module) -> Iterator[nn.Module]:
 def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
     """The head as the linear layer that it is, or else a refusal."""
     # A head may be patched already, as one that compiled regions share with their original.
-    own = getattr(type(head), "_levelhead_original", type(head))
-    if getattr(own, "forward", None) is not nn.Linear.forward:
+    if getattr(original_class(head), "forward", None) is not nn.Linear.forward:
         raise refusal(
             model,
             f"its head {path} is a {type(head).__name__}, not a plain torch.nn.Linear",

@@ -20,8 +20,9 @@ from ..ops import LogitStats, linear_logit_stats
 from ..ops.checks import is_dtensor
 from .head_stats import find_head
 from .heads import language_model, output_heads
-from .loss_head import IGNORE_INDEX
-from .probe import HeadTransform, withhold_labels
+from .hollow import withhold_labels
+from .loss_call import IGNORE_INDEX
+from .probe import HeadTransform
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The head of a patched model, which computes the loss, and the call that tells it how.
+"""The head of a patched model, which computes the loss in a training call.
 
 Why the head computes the loss. Inside the call of the head, and only there, FSDP and ZeRO have
 gathered its weight. So the model's forward stashes the labels, the head answers with the loss in
@@ -10,152 +10,20 @@ loss by itself (BART, T5) is run without labels, and the loss set in its output.
 from __future__ import annotations
 
 import functools
+import warnings
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import linear_cross_entropy
 from ..ops.checks import is_dtensor
 from .heads import intercepts_linear
-from .probe import HeadTransform
+from .loss_call import LossCall, Shown, under_way, version
 
-IGNORE_INDEX = -100  # of transformers' losses
-
-
-class Objective(Protocol):
-    """A loss of tokens other than the smoothed cross-entropy; see `objective.py`."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What it needs of a batch: names of tensors (B, ...) that the model's forward is given."""
-        ...
-
-    def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """The loss of each token, (..., T), 0 where there is none; called as set_objective says."""
-        ...
-
-
-@dataclass
-class LossCall:
-    """A forward with labels under way: what its head needs, and the loss the head leaves here."""
-
-    transform: HeadTransform
-    smoothing: float | Tensor
-    factor: float  # on the loss
-    target: Tensor  # (..., T) int64, the token to predict at each position
-    num_items: int | Tensor | None
-    keep_logits: bool
-    objective: Objective | None = None
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
-    handed_back: bool = False
-
-    def loss_function(self, logits: Tensor, labels: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """The loss the head left here, in place of one computed from `logits`."""
-        if labels.shape != self.target.shape:
-            raise RuntimeError(
-                f"the model changed the labels from shape {tuple(self.target.shape)} to "
-                f"{tuple(labels.shape)} on the way to its loss; patch_model cannot follow that"
-            )
-        return self.hand_back(logits)
-
-    def compute(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
-    ) -> Tensor:
-        """The loss, (), of the logits of `hidden` (..., T, D)."""
-        if self.objective is not None:
-            losses = self.objective(
-                hidden,
-                weight,
-                target,
-                linear_bias=bias,
-                softcap=self.transform.softcap,
-                logit_scale=self.transform.logit_scale,
-                **{name: column.to(hidden.device) for name, column in self.columns.items()},
-            )
-            return (losses * self._token_weight(hidden, target)).sum()
-        return linear_cross_entropy(
-            hidden,
-            weight,
-            target,
-            linear_bias=bias,
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=self.smoothing,
-            reduction="sum",
-            softcap=self.transform.softcap,
-            logit_scale=self.transform.logit_scale,
-            # The op takes its gradient in the forward pass and rounds it once to the parameter's
-            # dtype; a division of its result would rescale, and round, that gradient once more.
-            token_weight=self._token_weight(hidden, target),
-        )
-
-    def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
-        count = (target != IGNORE_INDEX).sum() if self.num_items is None else self.num_items
-        if isinstance(count, Tensor):
-            count = count.to(target.device)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
-        # No valid token means loss 0, where 0 / 0 would poison every rank with NaN.
-        return self.factor / items.where(items > 0, 1)
-
-    def hand_back(self, logits: Tensor) -> Tensor:
-        """The loss, for `logits` that are what the model made of the head's output."""
-        # The stand-in is (1, 1, 1), or a bias (V,) was added to it. Logits that are kept are not asked for
-        # their size, which torch.export would take for a constant.
-        if self.loss is None or not (self.keep_logits or logits.shape[:-1].numel() == 1):
-            raise RuntimeError(
-                "the loss was asked for, but the patched head did not compute it: the head was "
-                "replaced or wrapped after patch_model (by an adapter, quantisation or "
-                "resize_token_embeddings). Undo that, or call unpatch_model and patch_model again; "
-                "to train the head beside an adapter, list it in modules_to_save"
-            )
-        self.handed_back = True
-        # Adds nothing, but leads the backward pass through whatever became of the head's output:
-        # FSDP and ZeRO gather the head's weight in hooks on that tensor.
-        # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
-        part: Tensor = logits.to_local() if is_dtensor(logits) else logits  # type: ignore[attr-defined]
-        return self.loss + 0.0 * part.reshape(-1)[:1].float().sum()
-
-
-# The forward under way, if any. A module variable because a deepcopy of the model may copy
-# the head apart from it; not thread-safe, which is why nn.DataParallel is refused.
-_call: LossCall | None = None
-
-
-def current_call() -> LossCall | None:
-    """The forward under way, if any."""
-    return _call
-
-
-def run(call: LossCall | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `forward` as `call`; None hides an outer call from the heads of models inside it."""
-    outer = _exchange(call)
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _exchange(outer)
-
-
-def _exchange(call: LossCall | None) -> LossCall | None:
-    """Make `call` the forward under way; return the one that was."""
-    if not torch.compiler.is_compiling():
-        return _set(call)
-    # In torch.utils.checkpoint around the model the compiler refuses to trace a change of what is outside, because it
-    # would not repeat it with the recomputed forward. There is nothing to repeat: `run` changes it back.
-    from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer
-
-    outer: LossCall | None = _disable_side_effect_safety_checks_for_current_subtracer(_set, call)
-    return outer
-
-
-def _set(call: LossCall | None) -> LossCall | None:
-    global _call
-    outer, _call = _call, call
-    return outer
+# Heads that have warned of a call past the forward of their model.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class LossHead(nn.Linear):
@@ -165,8 +33,10 @@ class LossHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's argument name)
         """Logits (..., V) for hidden states (..., D) outside a training call, its loss within."""
-        call = _call
-        if call is None:
+        call = under_way()
+        if not isinstance(call, LossCall):
+            if call is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _warn_of_logits(self)
             return self._logits(input)
         if call.loss is not None:
             raise RuntimeError(
@@ -175,18 +45,39 @@ class LossHead(nn.Linear):
             )
         call.loss = _head_loss(self, input, call)
         if call.keep_logits:
-            return self._logits(input)
+            logits = self._logits(input)
+            # A copy: models scale logits in place.
+            first = None if is_dtensor(logits) else logits.detach().reshape(-1)[:1].clone()
+            call.answer = logits, version(logits), first
+            return logits
         # As many dimensions as logits have; no view, because models scale logits in place.
         loss = call.loss.reshape(1, 1, 1).clone()
         if is_dtensor(input):  # torch's tensor parallelism: its hooks want in return what they gave
             whole: Any = input
             loss = whole.from_local(loss, whole.device_mesh, whole.placements)
+        call.answer = loss, version(loss), call.loss.detach()
         return loss
+
+    def extra_repr(self) -> str:
+        """The sizes of the layer and, printed with its model, the options of the patch."""
+        shown = under_way()
+        return super().extra_repr() + (f", {shown.options}" if isinstance(shown, Shown) else "")
 
     def _logits(self, input: Tensor) -> Tensor:  # noqa: A002
         # Tensor parallelism sets a forward on the instance, which patch_model has put aside.
         own: Callable[[Tensor], Tensor] = vars(self).get("_levelhead_forward", super().forward)
         return own(input)
+
+
+def _warn_of_logits(head: nn.Module) -> None:
+    if head not in _warned:
+        _warned.add(head)
+        warnings.warn(
+            "the head of a patched model was called outside the model's forward, with gradients "
+            "enabled: it gave logits, and a loss made of them is not smoothed. Call the model with "
+            "labels, or use unpatch_model",
+            stacklevel=3,
+        )
 
 
 @functools.cache

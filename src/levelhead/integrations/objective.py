@@ -14,8 +14,8 @@ from typing import TypeVar
 from torch import nn
 
 from .heads import language_model
-from .loss_head import Objective
-from .patch import patch_state
+from .loss_call import Objective
+from .patched import patch_state
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

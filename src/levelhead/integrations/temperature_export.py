@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .final_norm import FinalNorm, final_norm
 from .heads import language_model, output_heads
-from .patch import patch_state
+from .patched import patch_state
 from .probe import HeadTransform, probe_head
 
 Way = Literal["logit_scale", "head", "final_norm", "generation_config"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .head_stats import find_head, head_stats
-from .loss_head import IGNORE_INDEX
+from .loss_call import IGNORE_INDEX
 
 
 class TokenCalibration:

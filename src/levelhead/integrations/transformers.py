@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .patch import patch_state
+from .patched import patch_state
 from .token_calibration import TokenCalibration, summary
 
 

@@ -21,15 +21,16 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear_logit_stats
 from ..ops.checks import check_target_range
 from ..ops.loss import token_loss
-from .heads import language_model
-from .loss_head import IGNORE_INDEX, LossCall
-from .patch import forward_with_loss, original_class, patch_model, patch_state
+from .forward import forward_with_loss
+from .heads import language_model, original_class
+from .loss_call import IGNORE_INDEX, LossCall
+from .patch import patch_model
+from .patched import loss_call, patch_state
 
 TrainerT = TypeVar("TrainerT")
 
@@ -153,7 +154,9 @@ def _per_token(model: Any, given: dict[str, Any]) -> Any:
     from trl.trainer.utils import FusedCausalLMOutput
 
     given["use_cache"] = False
-    call = _per_token_call(model, given)
+    call = loss_call(model, given, kind=_PerTokenCall)
+    if not isinstance(call, _PerTokenCall):
+        raise ValueError("a forward with fused_lm_head=True needs labels")
     output = forward_with_loss(model, call, original_class(model).forward, given)
     # TRL has no entry for the last position, unless it was given the labels shifted.
     width = None if given.get("shift_labels") is not None else -1
@@ -164,21 +167,6 @@ def _per_token(model: Any, given: dict[str, Any]) -> Any:
         is_top1=call.is_top1[..., :width],
         label_mask=(call.target != IGNORE_INDEX)[..., :width],
         aux_loss=output.get("aux_loss"),
-    )
-
-
-def _per_token_call(model: nn.Module, given: dict[str, Any]) -> _PerTokenCall:
-    state: Any = patch_state(model)
-    target: Any = given.get("shift_labels")
-    if target is None:
-        target = F.pad(given["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
-    return _PerTokenCall(
-        state.training_transform() if model.training else state.transform,
-        state.smoothing if model.training else state.eval_smoothing,
-        state.temperature if model.training else 1.0,
-        target,
-        given.get("num_items_in_batch"),
-        keep_logits=False,
     )
 
 
@@ -225,8 +213,6 @@ class _PerTokenCall(LossCall):
         loss: Tensor = self.losses.sum() / items.to(target.device).clamp(min=1)
         return loss
 
-    def hand_back(self, logits: Tensor) -> Tensor:
-        """The loss; the loss of each token too gets its way through the head's output."""
-        loss = super().hand_back(logits)
-        self.losses = self.losses + 0.0 * logits.reshape(-1)[0].float()
-        return loss
+    def lead_through(self, anchor: Tensor) -> None:
+        """Lead the loss of each token, too, through the head's output."""
+        self.losses = self.losses + anchor

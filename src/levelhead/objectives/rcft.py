@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..integrations.loss_head import IGNORE_INDEX
+from ..integrations.loss_call import IGNORE_INDEX
 from ..ops import linear_logit_stats
 from ..ops.loss import token_loss
 from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss

@@ -1,0 +1,237 @@
+"""Runs the forward of a model with stubs for its modules, to see what happens between head and loss.
+
+The backbone answers with given hidden states, the head with given logits, and everything else of the
+forward is the model's own. No weight is read or written, so that a model on the meta device will do.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .heads import original_class, refusal
+
+
+@dataclass
+class HollowRun:
+    """What a forward gave its loss function, and what it returned.
+
+    Attributes:
+        logits: what became of the head's output.
+        labels: None: it asked no loss function.
+        vocab_size: as the loss function was given it, like the options.
+        returned: the loss that it was handed, ().
+        leaf: what that loss is, a tensor to differentiate by.
+        output: of the forward; None if it was stopped at its loss.
+        inputs: what its modules were called with.
+    """
+
+    logits: Any = None
+    labels: Any = None
+    vocab_size: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    returned: Tensor | None = None
+    leaf: Tensor | None = None
+    output: Any = None
+    inputs: list[Any] = field(default_factory=list)
+
+
+class _AtLoss(Exception):  # noqa: N818 (no error: the forward has come to its loss)
+    """Ends a forward at its loss function."""
+
+
+def run_hollow(
+    model: Any,
+    path: str,
+    z: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    withheld: bool = False,
+    past_loss: bool = False,
+) -> HollowRun:
+    """Run the forward of `model`, in training mode, without its modules.
+
+    Args:
+        model: a language model, patched or not; what runs is its own forward.
+        path: of its head.
+        z: what its head answers, (B, T, V).
+        hidden: what its other modules answer, (B, T, D).
+        labels: (B, T).
+        withheld: run it without labels, as `withhold_labels` does.
+        past_loss: go on after the loss function, which answers with a number; else it ends there.
+
+    Raises:
+        ValueError: the forward fails.
+    """
+    found = HollowRun()
+
+    def loss_function(
+        logits: Any = None, labels: Any = None, vocab_size: Any = None, *args: Any, **options: Any
+    ) -> Tensor:
+        if found.labels is not None:
+            raise ValueError("it asks for its loss twice")
+        if args:
+            raise ValueError(f"its loss function is given {len(args)} positional arguments more")
+        found.logits, found.labels, found.vocab_size = _plain(logits), labels, vocab_size
+        found.options = options
+        if not past_loss:
+            raise _AtLoss
+        found.leaf = torch.full((), 2.5, dtype=found.logits.dtype, requires_grad=True)
+        found.returned = found.leaf * 1  # a leaf could not be added to in place
+        return found.returned
+
+    answer = hidden.as_subclass(_Hidden)
+    shell = _hollow(model, path.split("."), z, answer, found.inputs)
+    shell.loss_function = loss_function
+    mask = torch.ones_like(labels)
+    mask[-1, ::2] = 0  # must not change what the loss sees: a label on padding counts as any other
+    given: dict[str, Any] = {
+        "input_ids": torch.zeros_like(labels),
+        "attention_mask": mask,
+        "labels": labels.clone(),
+    }
+    if withheld:
+        withhold_labels(model, given)
+    try:
+        found.output = shell.forward(**accepted(type(shell), given))
+        if found.labels is None:
+            found.logits = _plain(output_field(found.output, "logits"))
+    except _AtLoss:
+        pass
+    except Exception as error:
+        raise refusal(
+            model,
+            "its forward failed when patch_model ran it on text alone, with stubs for its modules "
+            f"({type(error).__name__}: {error})",
+            "Its forward must give the logits of all tokens and the labels to self.loss_function",
+        ) from error
+    return found
+
+
+def accepted(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the forward of a class takes by name."""
+    parameters = inspect.signature(cls.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+def output_field(output: Any, name: str) -> Any:
+    """The loss or the logits in what a forward returned: an output class, a dictionary or a tuple."""
+    if type(output) is dict:
+        return output.get(name)
+    if type(output) in (tuple, list):
+        position = ("loss", "logits").index(name)
+        return output[position] if len(output) > position else None
+    return getattr(output, name, None)
+
+
+def withhold_labels(model: Any, given: dict[str, Any]) -> None:
+    """Take the labels from the arguments of a forward, but do what else it does because of them."""
+    labels = given.pop("labels", None)
+    given.pop("shift_labels", None)
+    inputs = (given.get("decoder_input_ids"), given.get("decoder_inputs_embeds"))
+    if getattr(model.config, "is_encoder_decoder", False) and inputs == (None, None):
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    given.setdefault("use_cache", False)
+
+
+def _plain(tensor: Any) -> Any:
+    return tensor.as_subclass(Tensor) if isinstance(tensor, Tensor) else tensor
+
+
+class _Hidden(Tensor):
+    """Hidden states, and an answer to whatever else a model asks of what its modules return.
+
+    A backbone's output gives its hidden states by name and as item 0; all that is optional in it is
+    None. A part of the head gets the tensor itself.
+    """
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):  # copy and its like must not take None for a method
+            raise AttributeError(name)
+
+
+class _Stub:
+    """Answers a call with `answer`, keeping its `inputs`, and all else like the module it stands for.
+
+    What has no parameters and is called with logits is no part of a backbone: it runs.
+    """
+
+    def __init__(self, module: Any, answer: Tensor, inputs: list[Any]) -> None:
+        self._module = module
+        self._answer = answer
+        self._inputs = inputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given_logits = args and type(args[0]) is Tensor and args[0].is_floating_point()
+        if given_logits and next(self._module.parameters(), None) is None:
+            return self._module(*args, **kwargs)
+        self._inputs.append((args, kwargs))
+        return self._answer.clone()
+
+    def __getattr__(self, name: str) -> Any:
+        return self._stub(getattr(self._module, name))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._stub(self._module[index])
+
+    def __len__(self) -> int:
+        return len(self._module)
+
+    def _stub(self, value: Any) -> Any:
+        is_module = isinstance(value, nn.Module)
+        return _Stub(value, self._answer, self._inputs) if is_module else value
+
+
+def _hollow(
+    module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, inputs: list[Any]
+) -> Any:
+    """`module` in training mode with stubs for all below it but those on the path to the head."""
+    children: dict[str, Any] = {}
+    for name, child in module._modules.items():
+        if child is None:
+            children[name] = None
+        elif name != path[0]:
+            children[name] = _Stub(child, hidden, inputs)
+        elif len(path) == 1:
+            children[name] = _Stub(child, z, [])
+        else:
+            children[name] = _hollow(child, path[1:], z, hidden, inputs)
+    shell = object.__new__(original_class(module))
+    hooks: dict[str, Any] = {name: {} for name in vars(module) if name.endswith("_hooks")}
+    vars(shell).update(vars(module), **hooks, _modules=children, training=True)
+    vars(shell).pop("forward", None)  # Accelerate's, bound to the module itself
+    if "config" in vars(shell):
+        vars(shell)["config"] = _without_router_losses(vars(shell)["config"])
+    return shell
+
+
+def _without_router_losses(config: Any) -> Any:
+    """A copy of a config that asks for none: they need what only a real backbone gives, and no logits."""
+    config = copy.copy(config)
+    for name, value in vars(config).items():
+        if name == "output_router_logits":
+            vars(config)[name] = False
+        elif hasattr(value, "to_diff_dict"):
+            vars(config)[name] = _without_router_losses(value)
+    return config
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Numbers of a standard normal distribution, float64, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)  # a refusal must not come and go
+    return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,0 +1,345 @@
+"""The forward of a patched model under way: what its head must do, and what became of its loss.
+
+The head computes the loss, the model's own forward carries on with it, and what the model does on the
+way can change from call to call: it may edit its labels, scale its logits by an argument, or hand
+its loss an option. Each of these would make the loss another one than was promised. So the call checks
+what arrives: where that takes no host synchronisation (eager on a CPU) a difference raises; elsewhere
+it makes the loss NaN.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops import linear_cross_entropy
+from ..ops.checks import is_dtensor
+from .probe import HeadTransform
+
+IGNORE_INDEX = -100  # of transformers' losses
+
+# How far the logits may be from what the probe has found, as a share: room for float32 in another order.
+_LOGITS_TOLERANCE = 1e-3
+
+# What every loss function of transformers takes, and the patch does as well.
+LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+
+
+class Objective(Protocol):
+    """A loss of tokens other than the smoothed cross-entropy; see `objective.py`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it needs of a batch: names of tensors (B, ...) that the model's forward is given."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """The loss of each token, (..., T), 0 where there is none; called as set_objective says."""
+        ...
+
+
+class ChangedError(RuntimeError):
+    """Something between the labels or the head and the loss is not what the patch knows."""
+
+
+@dataclass
+class LossCall:
+    """A forward with labels under way: what its head needs, and the loss the head leaves here."""
+
+    transform: HeadTransform  # of the loss
+    own: HeadTransform  # what the model itself does with the output of its head
+    smoothing: float | Tensor
+    factor: float | Tensor  # on the loss
+    target: Tensor  # (..., T) int64, the token to predict at each position, -100 for none
+    num_items: int | Tensor | None
+    labels: Tensor  # as the model's own forward is given them, like the next two
+    shift_labels: Tensor | None
+    ignore_index: int
+    honoured: frozenset[str] | None  # options of the model's loss that the patch ignores; None: any
+    kept: bool  # whether the model returns the loss that it is handed, as it is
+    keep_logits: bool
+    objective: Objective | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    answer: Any = None  # of the head: the tensor, its version, and the number at its start
+    returned: Tensor | None = None  # the loss, as the model was handed it
+    versions: tuple[int | None, ...] = ()  # of labels, shift_labels and returned
+
+    def __post_init__(self) -> None:
+        shifted = self.target if self.shift_labels is None else self.shift_labels
+        self.versions = version(self.labels), version(shifted)
+
+    def loss_function(
+        self, logits: Tensor, labels: Any, vocab_size: Any = None, *args: Any, **options: Any
+    ) -> Tensor:
+        """The loss the head left here, in place of one computed from `logits`."""
+        del vocab_size
+        if self.returned is not None:
+            raise ChangedError(
+                "the model asked for its loss twice in one training forward, but patch_model knows "
+                "the labels of one only. Use unpatch_model to train this model"
+            )
+        self._check_options(args, options)
+        same = [_same("labels", labels, self.labels, self.versions[0])]
+        shifted = options.get("shift_labels")
+        if shifted is not None:  # the model may make them, where it does not shift
+            given = self.target if self.shift_labels is None else self.shift_labels
+            same.append(_same("shift_labels", shifted, given, self.versions[1]))
+        elif self.shift_labels is not None:
+            raise ChangedError(_edited("shift_labels", "by not passing them on"))
+        return self.hand_back(logits, *same)
+
+    def _check_options(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Refuse what the model's own loss would honour, and this one does not."""
+        if options.get("ignore_index", IGNORE_INDEX) != self.ignore_index:
+            raise ChangedError(
+                f"the model gives its loss ignore_index={options.get('ignore_index', IGNORE_INDEX)} "
+                f"where its forward was given {self.ignore_index}. Set labels that do not count to "
+                f"{IGNORE_INDEX} in the data instead"
+            )
+        others = sorted(
+            name
+            for name, value in options.items()
+            if name not in LOSS_OPTIONS
+            and value is not None
+            and (self.honoured is None or name in self.honoured)
+        )
+        if others or args:
+            what = ", ".join(others) or f"{len(args)} positional arguments more"
+            raise ChangedError(
+                f"the model's loss function is called with {what}, which may change the loss, and "
+                "patch_model does not know how. Leave that out, or use unpatch_model to train with it"
+            )
+
+    def compute(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    ) -> Tensor:
+        """The loss, (), of the logits of `hidden` (..., T, D)."""
+        if self.objective is not None:
+            losses = self.objective(
+                hidden,
+                weight,
+                target,
+                linear_bias=bias,
+                softcap=self.transform.softcap,
+                logit_scale=self.transform.logit_scale,
+                **{name: column.to(hidden.device) for name, column in self.columns.items()},
+            )
+            return (losses * self._token_weight(hidden, target)).sum()
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            linear_bias=bias,
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=self.smoothing,
+            reduction="sum",
+            softcap=self.transform.softcap,
+            logit_scale=self.transform.logit_scale,
+            # The op takes its gradient in the forward pass and rounds it once to the parameter's
+            # dtype; a division of its result would rescale, and round, that gradient once more.
+            token_weight=self._token_weight(hidden, target),
+        )
+
+    def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
+        count = (target != IGNORE_INDEX).sum() if self.num_items is None else self.num_items
+        if isinstance(count, Tensor):
+            count = count.to(target.device)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
+        # No valid token means loss 0, where 0 / 0 would poison every rank with NaN.
+        return self.factor / items.where(items > 0, 1)
+
+    def hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
+        """The loss, for `logits` that are what the model made of the head's output.
+
+        Args:
+            logits: the head's answer, after the model's own scale, cap and cut.
+            same: whether other things are as expected; where a tensor () says no, the loss is NaN.
+        """
+        # The stand-in is (1, 1, 1), or a bias (V,) was added to it. Logits that are kept are not asked for
+        # their size, which torch.export would take for a constant.
+        if self.loss is None or not (self.keep_logits or logits.shape[:-1].numel() == 1):
+            raise ChangedError(
+                "the loss was asked for, but the patched head did not compute it: the head was "
+                "replaced or wrapped after patch_model (by an adapter, quantisation or "
+                "resize_token_embeddings). Undo that, or call unpatch_model and patch_model again; "
+                "to train the head beside an adapter, list it in modules_to_save"
+            )
+        # Adds nothing, but leads the backward pass through whatever became of the head's output:
+        # FSDP and ZeRO gather the head's weight in hooks on that tensor.
+        # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
+        part: Tensor = logits.to_local() if is_dtensor(logits) else logits  # type: ignore[attr-defined]
+        anchor = 0.0 * part.reshape(-1)[:1].float().sum()
+        for expected in (self._as_probed(logits, part), *same):
+            if isinstance(expected, Tensor):
+                anchor = anchor.masked_fill(~expected, torch.nan)
+        self.lead_through(anchor)
+        loss: Tensor = self.loss + anchor
+        self.returned = loss
+        self.versions = (*self.versions, version(loss))
+        return loss
+
+    def lead_through(self, anchor: Tensor) -> None:
+        """Take up an anchor (), for other results than the loss: 0, but NaN where the loss is."""
+
+    def _as_probed(self, logits: Tensor, part: Tensor) -> bool | Tensor:
+        """Whether the model did with the head's output what the probe has found: its first entry tells."""
+        answer, own = self.answer, self.own
+        plain = own.logit_scale == 1 and own.softcap is None
+        if not torch.compiler.is_compiling():
+            unchanged = logits is answer[0] and version(logits) == answer[1]
+            if unchanged and plain:
+                return True
+        sent = answer[2]
+        if sent is None:
+            return True
+        # Of a stand-in to which (V,) numbers were added every entry is checked.
+        got = part.detach().reshape(-1)
+        got = got[:1] if self.keep_logits else got
+        want = own(sent.to(torch.promote_types(sent.dtype, torch.float32)).reshape(-1, 1)).reshape(
+            -1
+        )
+        tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
+        near = (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
+        as_probed = (near | ~want.isfinite()).all()
+        if not _can_look(part):
+            return as_probed
+        if not as_probed:
+            raise ChangedError(
+                f"the output {sent.item():.6g} of the head reaches the loss as {got[0].item():.6g}, "
+                f"where patch_model found {want.item():.6g}: an argument of this call or something "
+                "in the model acts on its logits, and patch_model cannot follow that. If the model "
+                "was changed, call patch_model again; if it is an argument, leave it out or use "
+                "unpatch_model"
+            )
+        return True
+
+    def check_returned(self, loss: Any) -> None:
+        """Refuse a term that the model added to the loss it was handed."""
+        same = loss is self.returned
+        if not torch.compiler.is_compiling() and same:
+            same = version(loss) == self.versions[-1]
+        if not same:
+            raise ChangedError(
+                "the model changed its loss after loss_function, which it did not do when it was "
+                "patched: it may add a term made of its logits, of which there are none in training. "
+                "Call patch_model again to have it looked at, or use unpatch_model"
+            )
+
+
+def version(tensor: Any) -> int | None:
+    """How often `tensor` was changed in place, where torch counts that."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None
+    return tensor._version
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` can be read without a host synchronisation."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _same(name: str, arrived: Any, given: Any, before: int | None) -> bool | Tensor:
+    """Whether labels reach the loss as the forward was given them."""
+    if arrived is given and version(given) == before:
+        return True
+    if not isinstance(arrived, Tensor) or not isinstance(given, Tensor):
+        raise ChangedError(_edited(name, f"from {_kind(given)} to {_kind(arrived)}"))
+    if arrived.shape != given.shape:
+        change = f"from shape {tuple(given.shape)} to {tuple(arrived.shape)}"
+        raise ChangedError(_edited(name, change))
+    if arrived is given:
+        raise ChangedError(_edited(name, "in place"))
+    if arrived.device != given.device:
+        given = given.to(arrived.device)
+    same: Tensor = (arrived == given).all()
+    if not _can_look(arrived):
+        return same
+    if not same:
+        at = tuple((arrived != given).nonzero()[0].tolist())
+        change = f"at {list(at)} from {given[at].item()} to {arrived[at].item()}"
+        raise ChangedError(_edited(name, change))
+    return True
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _edited(name: str, change: str) -> str:
+    return (
+        f"the model changed the {name} {change} on the way to its loss; patch_model cannot follow "
+        "that. Make the change in the data, before the model is called, or use unpatch_model"
+    )
+
+
+class NoLoss(enum.Enum):
+    """A forward under way that computes no loss of ours."""
+
+    LEFT_ALONE = enum.auto()  # it is for the model to compute
+    WITHOUT_LABELS = enum.auto()  # the model must not ask for one: the patch saw no labels
+
+
+@dataclass(frozen=True)
+class Shown:
+    """No forward: the model is being printed, with these options at its head."""
+
+    options: str
+
+
+UnderWay = LossCall | NoLoss | Shown | None
+
+
+class _Thread(threading.local):
+    """What is under way in this thread.
+
+    Not a `contextvars` variable, which torch.compile does not trace, and not an attribute of the
+    model: a deepcopy may copy its head apart from it.
+    """
+
+    def __init__(self) -> None:
+        # In a list: where its graph breaks the compiler loses a change of the attribute itself.
+        self.call: list[UnderWay] = [None]
+
+
+_thread = _Thread()
+
+
+def under_way() -> UnderWay:
+    """What the patched model at work in this thread is called for; None: none is."""
+    return _thread.call[0]
+
+
+def run(call: UnderWay, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `forward` as `call`, and afterwards go on with the outer one, if it is nested."""
+    outer = _exchange(call)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _exchange(outer)
+
+
+def _exchange(call: UnderWay) -> UnderWay:
+    """Make `call` what is under way; return what was."""
+    if not torch.compiler.is_compiling():
+        return _set(call)
+    # In torch.utils.checkpoint around the model the compiler refuses to trace a change of what is outside, because it
+    # would not repeat it with the recomputed forward. There is nothing to repeat: `run` changes it back.
+    from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer
+
+    outer: UnderWay = _disable_side_effect_safety_checks_for_current_subtracer(_set, call)
+    return outer
+
+
+def _set(call: UnderWay) -> UnderWay:
+    cell = _thread.call
+    outer, cell[0] = cell[0], call
+    return outer

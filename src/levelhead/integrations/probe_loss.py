@@ -1,0 +1,256 @@
+"""What a model makes of its labels and its loss: a cross-entropy of its tokens and nothing else, or a refusal."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .heads import original_class, path_of_head, refusal
+from .hollow import HollowRun, normal, output_field, run_hollow
+
+_REMEDY = "The patch would replace its loss by one that differs; train it without the patch"
+
+# Tokens of a probe of code that is part of transformers, and logits of one of any other code: of up to
+# 2048 vocabulary entries every one is a label then.
+_TOKENS = 16
+_LOGITS = 2**22
+
+# Arguments of every loss function of transformers, of which the patch knows the meaning.
+_KNOWN = {"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"}
+
+
+def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bool:
+    """Whether the `loss_function` of a model shifts the labels.
+
+    Raises:
+        ValueError: other labels reach it than the model is given, or it is no cross-entropy.
+    """
+    function = loss_function(model)
+    tokens = _TOKENS if _is_builtin(function) else max(_TOKENS, _LOGITS // vocab_size)
+    labels = _labels(model, vocab_size, tokens)
+    few = labels[:, :_TOKENS]  # all of it would take V hidden states
+    run = _run(model, path, head, few)
+    if not isinstance(run.labels, Tensor) or not torch.equal(run.labels.cpu(), few):
+        raise refusal(model, "the labels do not reach its loss_function unchanged", _REMEDY)
+    logits = normal(*labels.shape, vocab_size, seed=3).float()
+
+    def loss(num_items: int | None) -> Tensor:
+        options = run.options | {"num_items_in_batch": num_items}
+        try:
+            got = function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
+            return torch.as_tensor(got)
+        except Exception as error:
+            reason = f"its loss_function failed on a probe ({type(error).__name__}: {error})"
+            raise refusal(model, reason, _REMEDY) from error
+
+    shift = _shifts(model, loss(None), logits, labels)
+    want = _cross_entropy(logits, labels, shift, reduction="sum") / 4
+    if not torch.allclose(loss(4).double(), want, rtol=1e-5):
+        reason = f"its loss_function gives {loss(4):.6g} for 4 items where the cross-entropy is {want:.6g}"
+        raise refusal(model, reason, _REMEDY)
+    return shift
+
+
+def shifts_labels_itself(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bool:
+    """Whether a model that computes its loss without `loss_function` shifts the labels.
+
+    Raises:
+        ValueError: the loss is no cross-entropy, or more than that depends on the labels.
+    """
+    is_builtin = _is_builtin(original_class(model).forward)
+    tokens = _TOKENS if is_builtin else max(_TOKENS, _LOGITS // vocab_size)
+    labels = _labels(model, vocab_size, tokens)
+    run = _run(model, path, head, labels)
+    loss = output_field(run.output, "loss")
+    if not isinstance(loss, Tensor) or not isinstance(run.logits, Tensor):
+        reason = "its loss does not go through loss_function, and its output has no loss and logits"
+        raise refusal(model, reason, _REMEDY)
+    seq2seq = getattr(model.config, "is_encoder_decoder", False)
+    if seq2seq and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        reason = (
+            "it makes the inputs of its decoder from the labels inside its forward, and has no "
+            "prepare_decoder_input_ids_from_labels with which patch_model could"
+        )
+        raise refusal(model, reason, _REMEDY)
+    shift = _shifts(model, loss, run.logits, labels)
+    _check_same_inputs(model, run.inputs, _run(model, path, head, labels, withheld=True).inputs)
+    return shift
+
+
+def returns_loss(model: Any, head: nn.Linear) -> bool:
+    """Whether a model always returns the loss that its loss function gives, and adds nothing to it.
+
+    The code of transformers may: its router losses, which do not depend on the logits.
+
+    Raises:
+        ValueError: the term depends on the logits, or something else in the output does. In training
+            there are none.
+    """
+    path = path_of_head(model)
+    with torch.device("cpu"), torch.enable_grad():
+        labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
+        z = normal(*labels.shape, head.out_features, seed=4).requires_grad_()
+        hidden = normal(*labels.shape, head.in_features, seed=5)
+        run = run_hollow(model, path, z, hidden, labels, past_loss=True)
+        loss = output_field(run.output, "loss")
+        if not isinstance(loss, Tensor) or not loss.requires_grad or run.leaf is None:
+            raise refusal(
+                model, "its forward does not return what its loss_function gives", _REMEDY
+            )
+        factor, slope = torch.autograd.grad(loss, (run.leaf, z), allow_unused=True)
+        if factor is None or factor != 1:
+            got = 0.0 if factor is None else factor.item()
+            raise refusal(model, f"it multiplies its loss by {got:.6g}", _REMEDY)
+        other = _tensors(
+            run_hollow(model, path, 3 * z.detach(), hidden, labels, past_loss=True).output
+        )
+        moved = [
+            name
+            for name, value in _tensors(run.output).items()
+            if name not in other or not torch.equal(value, other[name])
+        ]
+        if slope is not None and slope.any():
+            moved.insert(0, "loss")
+    if moved:
+        raise refusal(
+            model,
+            f"after its loss_function it makes more of its logits: its {moved[0]} depends on them, and "
+            "in training there are none",
+            "Set the coefficient of that term to 0, or train it without the patch",
+        )
+    builtin = _is_builtin(original_class(model).forward)
+    return not builtin and loss is run.returned and loss._version == 0
+
+
+def _run(
+    model: Any, path: str, head: nn.Linear, labels: Tensor, *, withheld: bool = False
+) -> HollowRun:
+    z = normal(*labels.shape, head.out_features, seed=6)
+    hidden = normal(*labels.shape, head.in_features, seed=7)
+    return run_hollow(model, path, z, hidden, labels, withheld=withheld)
+
+
+def _labels(model: Any, vocab_size: int, tokens: int) -> Tensor:
+    """Labels for a probe, (2, T): special tokens, the first and last ids, others at random, and some ignored."""
+    generator = torch.Generator().manual_seed(0)
+    special = [token for token in _special_tokens(model.config) if 0 <= token < vocab_size]
+    first = list(dict.fromkeys([*special, 0, 1, vocab_size - 1]))
+    others = torch.randperm(vocab_size, generator=generator)[: max(tokens - len(first), 2)]
+    ids = torch.cat([torch.tensor(first), others])
+    half = -(-len(ids) // 2)
+    labels = torch.full((2, half + 2), -100)
+    labels[0, 1 : half + 1] = ids[:half]  # the label at 0 counts nowhere, where labels are shifted
+    labels[1, 2 : len(ids) - half + 2] = ids[half:]
+    return labels
+
+
+def _special_tokens(config: Any) -> list[int]:
+    """The ids that a config, and those within it, give to tokens."""
+    found = []
+    for name, value in vars(config).items():
+        if hasattr(value, "to_diff_dict"):
+            found += _special_tokens(value)
+        elif isinstance(value, int) and name.endswith(("_token_id", "_token_index")):
+            found.append(value)
+    return found
+
+
+def loss_function(model: Any) -> Any:
+    """What a model, patched or not, would compute its loss with."""
+    return original_class(model).loss_function.fget(model)
+
+
+def loss_source(model: Any) -> tuple[Any, str | None]:
+    """What decides on the loss function of a model: one that was set on it, and the name of its kind."""
+    return vars(model).get("_loss_function"), vars(model).get("loss_type")
+
+
+def loss_options(function: Any) -> frozenset[str] | None:
+    """Arguments by which a loss function changes the loss that the patch does not know; None: any may."""
+    if not _is_builtin(function):
+        return None
+    # What it does not name it passes on to torch's cross-entropy, without these.
+    return frozenset(inspect.signature(function).parameters.keys() - _KNOWN)
+
+
+def takes_shift_labels(function: Any) -> bool:
+    """Whether a loss function counts `shift_labels` in place of labels that it shifts."""
+    return "shift_labels" in inspect.signature(function).parameters
+
+
+def forward_arguments(model: Any) -> frozenset[str] | None:
+    """Arguments that do not change a loss which a model computes by itself; None: none do.
+
+    The code of transformers is known; of another class, those of the one from transformers that it
+    was derived from.
+    """
+    cls = original_class(model)
+    if _is_builtin(cls.forward):
+        return None
+    names = {"num_items_in_batch", "return_dict", "output_attentions", "output_hidden_states"}
+    for base in cls.__mro__:
+        if "forward" in vars(base) and _is_builtin(base.forward):
+            return frozenset(names | set(inspect.signature(base.forward).parameters))
+    return frozenset(names | {"input_ids", "attention_mask", "position_ids", "labels", "use_cache"})
+
+
+def _is_builtin(function: Any) -> bool:
+    return getattr(function, "__module__", "").partition(".")[0] == "transformers"
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors that a forward returned, but its logits, by name; of a tuple by position."""
+    if type(output) is dict:
+        fields = output
+    elif type(output) in (tuple, list):
+        names = ("loss", "logits", *map(str, range(2, len(output))))
+        fields = dict(zip(names, output, strict=False))
+    else:
+        fields = vars(output)
+    return {
+        name: value.detach()
+        for name, value in fields.items()
+        if isinstance(value, Tensor) and name != "logits"
+    }
+
+
+def _check_same_inputs(model: nn.Module, own: list[Any], withheld: list[Any]) -> None:
+    """Refuse a model that makes more of its labels than `withhold_labels` does."""
+
+    def tensors(calls: list[Any]) -> list[dict[Any, Tensor]]:
+        named = ({**dict(enumerate(args)), **kwargs} for args, kwargs in calls)
+        return [{k: v for k, v in call.items() if isinstance(v, Tensor)} for call in named]
+
+    a, b = tensors(own), tensors(withheld)
+    if len(a) != len(b) or any(
+        x.keys() != y.keys() or not all(torch.equal(x[name], y[name]) for name in x)
+        for x, y in zip(a, b, strict=True)
+    ):
+        raise refusal(
+            model,
+            "it computes its loss itself, and more than its decoder_input_ids depends on the labels",
+            "Train this model without the patch",
+        )
+
+
+def _shifts(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
+    wants = [_cross_entropy(logits, labels, shift, "mean").item() for shift in (True, False)]
+    for shift, want in zip((True, False), wants, strict=True):
+        if torch.allclose(loss.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5):
+            return shift
+    reason = (
+        f"its loss is {loss:.6g} where the cross-entropy is {wants[0]:.6g} (with shifted labels) "
+        f"or {wants[1]:.6g}"
+    )
+    raise refusal(model, reason, _REMEDY)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, shift: bool, reduction: str) -> Tensor:
+    logits = logits.double()
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
