@@ -94,6 +94,8 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
     with torch.device("cpu"), torch.enable_grad():
         labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
         z = normal(*labels.shape, head.out_features, seed=4).requires_grad_()
+        # As likely as not, or right for every label, shifted or not: that is what an accuracy sees.
+        right = [F.one_hot(y.clamp(min=0), head.out_features) for y in (labels, labels.roll(-1, 1))]
         hidden = normal(*labels.shape, head.in_features, seed=5)
         run = run_hollow(model, path, z, hidden, labels, past_loss=True)
         loss = output_field(run.output, "loss")
@@ -105,14 +107,15 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
         if factor is None or factor != 1:
             got = 0.0 if factor is None else factor.item()
             raise refusal(model, f"it multiplies its loss by {got:.6g}", _REMEDY)
-        other = _tensors(
-            run_hollow(model, path, 3 * z.detach(), hidden, labels, past_loss=True).output
-        )
-        moved = [
-            name
-            for name, value in _tensors(run.output).items()
-            if name not in other or not torch.equal(value, other[name])
-        ]
+        moved = []
+        for other in (-z.detach(), *(9.0 * z.detach().abs().amax() * hot for hot in right)):
+            again = run_hollow(model, path, other, hidden, labels, past_loss=True)
+            there = _tensors(again.output)
+            moved += [
+                name
+                for name, value in _tensors(run.output).items()
+                if name not in there or not torch.equal(value, there[name])
+            ]
         if slope is not None and slope.any():
             moved.insert(0, "loss")
     if moved:
