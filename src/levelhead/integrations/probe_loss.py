@@ -213,7 +213,7 @@ def _tensors(output: Any) -> dict[str, Tensor]:
         names = ("loss", "logits", *map(str, range(2, len(output))))
         fields = dict(zip(names, output, strict=False))
     else:
-        fields = vars(output)
+        fields = output._asdict() if hasattr(output, "_asdict") else vars(output)
     return {
         name: value.detach()
         for name, value in fields.items()

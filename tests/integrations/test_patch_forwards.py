@@ -1,0 +1,127 @@
+"""Forwards of every signature and every kind of output are served, or refused in words."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from tests.integrations.tiny_models import (
+    assert_same_training,
+    batch,
+    dense_loss,
+    tiny,
+    transformers,
+)
+from transformers.utils import ModelOutput
+
+from levelhead.integrations import patch_model
+
+Llama = transformers.LlamaForCausalLM
+
+
+class _Named(NamedTuple):
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass
+class _Plain:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass
+class _LogitsRequired(ModelOutput):
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+@dataclass
+class _LossRequired(ModelOutput):
+    loss: torch.Tensor
+    logits: torch.Tensor | None = None
+
+
+def _llama(forward):
+    model = tiny()
+    model.__class__ = type("OtherForCausalLM", (Llama,), {"forward": forward})
+    return model
+
+
+def _returning(make):
+    def forward(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, 67)
+        return make(loss, logits)
+
+    return forward
+
+
+OUTPUTS = {
+    "tuple": lambda loss, logits: (loss, logits),
+    "dict": lambda loss, logits: {"loss": loss, "logits": logits},
+    "named tuple": _Named,
+    "dataclass": _Plain,
+    "logits required": lambda loss, logits: _LogitsRequired(logits=logits, loss=loss),
+    "loss required": lambda loss, logits: _LossRequired(loss=loss, logits=logits),
+}
+
+
+def _loss_of(output):
+    if isinstance(output, dict):
+        return output["loss"]
+    return output[0] if type(output) is tuple else output.loss
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_of_any_kind_from_a_forward_without_further_arguments(kind):
+    patched, plain = patch_model(_llama(_returning(OUTPUTS[kind]))), tiny()
+    output = patched(**batch())
+    assert type(output) is type(
+        OUTPUTS[kind](None if "required" not in kind else torch.ones(()), torch.ones(()))
+    )
+    assert_same_training(patched, _loss_of(output), plain, dense_loss(plain, **batch()))
+    kept = patched(**batch(), skip_logits=False)
+    logits = kept["logits"] if kind == "dict" else kept[1] if kind == "tuple" else kept.logits
+    assert torch.equal(logits, plain(batch()["input_ids"]).logits)
+    with torch.no_grad():
+        assert _loss_of(patched.eval()(**batch())).isfinite()
+
+
+@pytest.mark.parametrize("positional", [0, 1, 6])
+def test_a_forward_that_hands_all_its_arguments_on(positional):
+    def forward(self, *args, **kwargs):
+        return Llama.forward(self, *args, **kwargs)
+
+    plain, patched, inputs = tiny(), patch_model(_llama(forward)), batch()
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    if positional == 0:
+        output = patched(input_ids=ids, labels=labels)
+    elif positional == 1:
+        output = patched(ids, labels=labels)
+    else:  # labels are the sixth of Llama's arguments
+        output = patched(ids, None, None, None, None, labels)
+    assert "logits" not in output
+    assert_same_training(patched, output.loss, plain, dense_loss(plain, **inputs))
+
+
+def test_a_forward_that_takes_no_labels_by_name_is_refused():
+    def forward(self, batch=None):
+        return Llama.forward(self, **batch)
+
+    with pytest.raises(ValueError, match="failed when patch_model ran it on text alone"):
+        patch_model(_llama(forward))
+
+
+def test_labels_by_another_name_are_refused_in_training():
+    def forward(self, input_ids=None, labels=None, targets=None, **kwargs):
+        return Llama.forward(
+            self, input_ids, labels=labels if targets is None else targets, **kwargs
+        )
+
+    model, inputs = patch_model(_llama(forward)), batch()
+    with (
+        pytest.warns(UserWarning, match="in training mode without labels"),
+        pytest.raises(RuntimeError, match=r"given no labels by that name.* Pass them as labels="),
+    ):
+        model(inputs["input_ids"], targets=inputs["labels"])
