@@ -51,6 +51,7 @@ def prepare(
         What `accelerator.prepare` returns: the model alone, or a tuple in the order of arguments.
 
     Raises:
+        TypeError: as `levelhead.patch_model`.
         ValueError: `patch_model` refuses the model or an option.
 
     Example:
@@ -59,9 +60,10 @@ def prepare(
         >>> for batch in loader:
         ...     accelerator.backward(model(**batch).loss)
     """
+    outer = language_model(model)
     # Regional compilation works on a second model, and unwrap_model gives back the first.
     first = [vars(module)["_orig_mod"] for module in model.modules() if "_orig_mod" in vars(module)]
-    for inner in map(language_model, [model, *first]):
+    for inner in (outer, *map(language_model, first)):
         with _without_mixed_precision(accelerator, inner):
             patch_model(inner, smoothing, **options)
     if getattr(model, "_is_accelerate_prepared", False) and not others:

@@ -39,6 +39,7 @@ def set_objective(model: ModelT, objective: Objective | None) -> ModelT:
         The same object.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: the model is not patched.
 
     Example:

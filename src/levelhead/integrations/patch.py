@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from .heads import (
     refusal,
 )
 from .loss_head import IGNORE_INDEX, LossCall, LossHead, Objective, current_call, loss_head, run
+from .options import check_options
 from .probe import HeadTransform, probe_head, withhold_labels
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -65,7 +65,7 @@ def patch_model(
             `torch.compile`), whose head is a plain `torch.nn.Linear`; changed in place.
         smoothing: the share of probability spread evenly over the vocabulary, in [0, 1]. A 0-dim
             Tensor is kept as it is: filled in place, it changes the smoothing from step to step
-            without recompilation; its values are not checked.
+            without recompilation; what it is filled with is not checked.
         temperature: T > 0 of training: the logits are divided by T, the loss is multiplied by it.
             T < 1 lets the head of a small model become confident, so that smoothing has an effect.
         softcap: bound of the logits in training, > 0, for a model that has none of its own.
@@ -77,6 +77,7 @@ def patch_model(
         The same object.
 
     Raises:
+        TypeError: an option is of another type, or `model` is no module.
         ValueError: an option lies outside its range, or the model does with its head or its loss
             what the patch could not reproduce; the message says what, and what to do.
 
@@ -87,12 +88,7 @@ def patch_model(
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained(name), smoothing=0.1)
         >>> model(input_ids=ids, labels=ids).loss.backward()
     """
-    for name, share in (("smoothing", smoothing), ("eval_smoothing", eval_smoothing)):
-        if not isinstance(share, Tensor) and not 0 <= share <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {share}; a common choice is 0.1")
-    for name, number in (("temperature", temperature), ("softcap", softcap)):
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {number}")
+    check_options(smoothing, temperature, softcap, eval_smoothing, eval_logits)
     inner = language_model(model)
     state = patch_state(inner)
     transform = probe_head(inner) if state is None else state.transform
