@@ -36,8 +36,9 @@ def prepare(
 
     Tested with DDP, FSDP2 and DeepSpeed, with mixed precision, and with torch.compile of the whole
     model or by regions. A step is that of the unpatched model with its logits smoothed by
-    `torch.nn.functional.cross_entropy`; see `levelhead.patch_model`. The loss that a model prepared
-    here reports is float32.
+    `torch.nn.functional.cross_entropy`; see `levelhead.patch_model`. A call with labels is such a
+    step if the model is in training mode or gradients are enabled, in eval mode with a warning. The
+    loss that a model prepared here reports is float32.
 
     Args:
         accelerator: of any configuration.
@@ -90,7 +91,7 @@ def _without_mixed_precision(accelerator: Accelerator, model: nn.Module) -> Iter
         attributes["forward"] = original
     try:
         yield
-    except ValueError:
+    except (TypeError, ValueError):
         attributes["forward"] = autocast
         raise
     from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager
