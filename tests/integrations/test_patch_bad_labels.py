@@ -28,6 +28,14 @@ def test_a_shifted_label_is_named_by_its_position():
         patch_model(tiny())(**inputs, shift_labels=shifted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_are_integers(dtype):
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].to(dtype)
+    with pytest.raises(TypeError, match=r"labels must hold integer ids, got .*; use labels\.long"):
+        patch_model(tiny())(**inputs)
+
+
 def test_the_first_label_predicts_nothing_and_may_be_anything():
     inputs = batch()
     inputs["labels"][:, 0] = 999

@@ -20,7 +20,10 @@ def check_labels(
 
     Raises:
         IndexError: one is outside; it is named by its own position.
+        TypeError: they are no integers.
     """
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer ids, got {target.dtype}; use {name}.long()")
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
         return
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
