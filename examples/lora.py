@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> float:
     def batch() -> dict[str, torch.Tensor]:
         return {name: value.to(device) for name, value in counting(16).items()}
 
+    model.train()  # from_pretrained has put it in eval mode
     if not levelhead.check_patch(model, batch()).ok:
         raise SystemExit("this model does not train as it should: please report it")
 

@@ -7,6 +7,7 @@ from tests.integrations.tiny_models import next_tokens, tiny, transformers
 
 from levelhead.calibration import calibration_error
 from levelhead.integrations import patch_model
+from levelhead.integrations.token_calibration import TokenCalibration
 from levelhead.integrations.transformers import CalibrationCallback
 
 NAMES = ("ece", "mean_confidence", "token_accuracy", "entropy")
@@ -213,3 +214,21 @@ def test_a_model_it_cannot_read_is_refused_when_trainer_is_made(tmp_path):
 def test_bins_must_be_some():
     with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
         CalibrationCallback(bins=0)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("last", [9, 5])
+@torch.no_grad()
+def test_the_labels_of_a_call_are_those_that_it_says(patched, last):
+    model = sure()
+    model = patch_model(model, eval_smoothing=0.1) if patched else model
+    watch = TokenCalibration(model.eval(), bins=10)
+    ids = torch.stack([example["input_ids"] for example in rows()])[:, -last:]
+    ignored = ids[0, -1].item()
+    model(
+        input_ids=torch.stack([example["input_ids"] for example in rows()]),
+        labels=ids,
+        ignore_index=ignored,
+        logits_to_keep=last,
+    )
+    assert watch.sums[0].sum() == (ids[:, 1:] != ignored).sum()

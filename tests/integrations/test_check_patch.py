@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import warnings
 
 import pytest
 import torch
 from tests.integrations.tiny_models import FAMILIES, batch, next_tokens, tiny, transformers
 from torch import nn
 
-from levelhead.integrations import loss_head, patch_model, unpatch_model
+from levelhead.integrations import loss_call, patch_model, set_objective, unpatch_model
 from levelhead.integrations.check import check_patch
 
 # The dtype of the weights, and that of autocast.
@@ -28,14 +29,14 @@ def _autocast(dtype):
 
 def _break(monkeypatch, change):
     """Give the op of patched models other arguments: `change` edits (tensors, options) in place."""
-    real = loss_head.linear_cross_entropy
+    real = loss_call.linear_cross_entropy
 
     def broken(hidden, weight, target, **options):
         tensors = {"hidden": hidden, "weight": weight}
         change(tensors, options)
         return real(tensors["hidden"], tensors["weight"], target, **options)
 
-    monkeypatch.setattr(loss_head, "linear_cross_entropy", broken)
+    monkeypatch.setattr(loss_call, "linear_cross_entropy", broken)
 
 
 def _smooth_more(_tensors, options):
@@ -123,9 +124,9 @@ def test_a_gradient_that_is_not_finite_is_rejected(monkeypatch):
 
 
 def test_a_loss_that_is_off_by_itself_is_rejected(monkeypatch):
-    real = loss_head.linear_cross_entropy
+    real = loss_call.linear_cross_entropy
     monkeypatch.setattr(
-        loss_head, "linear_cross_entropy", lambda *args, **options: real(*args, **options) + 0.01
+        loss_call, "linear_cross_entropy", lambda *args, **options: real(*args, **options) + 0.01
     )
     result = check_patch(tiny(dtype=torch.float32), batch())
     assert not result.ok
@@ -172,6 +173,78 @@ def test_num_items_and_shift_labels_count():
     assert check_patch(tiny(), half).dense_loss == pytest.approx(
         whole.dense_loss * count.item() / 26
     )
+
+
+def _last_positions():
+    inputs = batch()
+    return inputs | {"labels": inputs["labels"][:, -5:], "logits_to_keep": 5}
+
+
+def _some_positions():
+    inputs, positions = batch(), torch.tensor([1, 2, 5, 6])
+    return inputs | {"labels": inputs["labels"][:, positions], "logits_to_keep": positions}
+
+
+def _another_ignored_id():
+    inputs = batch()
+    ignored = inputs["input_ids"][0, 5].item()
+    return inputs | {"labels": inputs["input_ids"], "ignore_index": ignored}
+
+
+@pytest.mark.parametrize("inputs", [_last_positions, _some_positions, _another_ignored_id])
+def test_what_a_call_says_of_its_labels_counts(inputs):
+    inputs = inputs()
+    output = tiny()(**inputs)
+    ignored = inputs.get("ignore_index", -100)
+    want = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1),
+        inputs["labels"][:, 1:].flatten(),
+        ignore_index=ignored,
+        label_smoothing=0.1,
+    )
+    result = check_patch(tiny(), inputs)
+    # The model's own logits.float() rounds: a loss of order 4 to about 1e-7 of it.
+    assert result.dense_loss == pytest.approx(want.item(), rel=1e-6)
+    assert result.ok, str(result)
+
+
+@contextlib.contextmanager
+def _trained_in_eval_mode():
+    """Training in eval mode is warned of, once a model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_model_in_eval_mode_is_checked_in_eval_mode(patched):
+    model = tiny("gpt2", torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    model = patch_model(model, 0.2) if patched else model
+    training = check_patch(model, batch(), smoothing=0.2)
+    with _trained_in_eval_mode():
+        result = check_patch(model.eval(), batch(), smoothing=0.2)
+    assert result.ok, str(result)
+    want = tiny("gpt2", torch.float32)
+    assert result.dense_loss == pytest.approx(check_patch(want, batch(), smoothing=0.2).dense_loss)
+    assert result.dense_loss != pytest.approx(training.dense_loss)
+
+
+def test_each_module_runs_in_the_mode_that_it_is_in():
+    model, seen = tiny().eval(), []
+    model.model.layers[0].train()
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, *_: seen.append(module.training))
+    with _trained_in_eval_mode():
+        check_patch(model, batch())
+    assert seen == 2 * [True, False]  # the dense step and the patched one
+
+
+def test_it_runs_where_gradients_are_off():
+    with torch.no_grad():
+        assert check_patch(tiny(), batch()).ok
 
 
 def test_a_model_with_a_loss_of_its_own():
@@ -275,7 +348,8 @@ def test_no_trace_is_left(patched, training, fails, monkeypatch):
     if fails:
         _break(monkeypatch, lambda tensors, _: tensors.clear())
     before = _traces(model)
-    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+    raises = pytest.raises(KeyError) if fails else contextlib.nullcontext()
+    with raises, _trained_in_eval_mode():
         assert check_patch(model, batch(), smoothing=0.15).ok
     after = _traces(model)
     for name in ("classes", "training", "hooks"):
@@ -310,6 +384,17 @@ def test_a_batch_or_model_with_nothing_to_learn_is_refused(spoil):
         model.enable_input_require_grads()
     with pytest.raises(ValueError, match="no finite gradient to compare with; give a batch with"):
         check_patch(model, inputs)
+
+
+def test_an_objective_is_no_label_smoothing():
+    class Other:
+        columns = ()
+
+    model = set_objective(patch_model(tiny()), Other())
+    with pytest.raises(
+        ValueError, match=r"trains on the objective Other; call set_objective\(model, N"
+    ):
+        check_patch(model, batch())
 
 
 def test_a_smoothing_out_of_range_is_refused():

@@ -39,7 +39,7 @@ def test_a_head_wrapped_after_the_patch():
 def test_a_head_replaced_after_the_patch_and_the_way_out():
     model = patch_model(tiny())
     model.resize_token_embeddings(80, mean_resizing=False)
-    with pytest.raises(RuntimeError, match="call unpatch_model and patch_model again"):
+    with pytest.raises(RuntimeError, match="or call patch_model again"):
         model(**batch())
     patch_model(unpatch_model(model))
     assert "logits" not in model(**batch())

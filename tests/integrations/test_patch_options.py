@@ -1,5 +1,8 @@
 """What the options of patch_model change, and that they change nothing else."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +88,22 @@ def test_a_tensor_changes_the_smoothing_from_step_to_step():
         assert_same_training(patched, patched(**batch()).loss, plain, want, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tensor_changes_the_temperature_from_step_to_step(dtype):
+    temperature = torch.tensor(0.5, dtype=dtype)
+    plain, patched = tiny(), patch_model(tiny(), temperature=temperature)
+    for value in (0.5, 2.0, 0.25):
+        temperature.fill_(value)
+        want = value * _smoothed(plain(batch()["input_ids"]).logits / value)
+        assert_same_training(patched, patched(**batch()).loss, plain, want)
+
+
+def test_a_softcap_may_be_a_tensor():
+    plain, patched = tiny(), patch_model(tiny(), softcap=torch.tensor(0.25))
+    want = _smoothed(0.25 * torch.tanh(plain(batch()["input_ids"]).logits / 0.25))
+    assert_same_training(patched, patched(**batch()).loss, plain, want)
+
+
 def test_patching_again_sets_every_option():
     model = patch_model(tiny(), 0.1, temperature=0.5, softcap=1.0, eval_logits=False)
     patch_model(model, 0.3)
@@ -96,12 +115,72 @@ def test_patching_again_sets_every_option():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"smoothing": 1.1}, r"smoothing must lie in \[0, 1\], got 1.1"),
+        ({"smoothing": 1.1}, r"smoothing must lie in \[0, 1\], got 1.1; a common choice is 0.1"),
+        ({"smoothing": float("nan")}, r"smoothing must lie in \[0, 1\], got nan"),
+        ({"smoothing": torch.tensor(-0.5)}, r"smoothing must lie in \[0, 1\], got -0.5"),
         ({"eval_smoothing": -0.1}, r"eval_smoothing must lie in \[0, 1\], got -0.1"),
-        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0"),
+        (
+            {"temperature": torch.tensor(torch.inf)},
+            "temperature must be a positive number, got inf",
+        ),
         ({"softcap": float("nan")}, "softcap must be a positive number, got nan"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         patch_model(tiny(), **options)
+
+
+NO_NUMBERS = {
+    "'0.1' of type str": "0.1",
+    "True of type bool": True,
+    "None of type NoneType": None,
+    "[0.1] of type list": [0.1],
+    "0.1j of type complex": 0.1j,
+    "Fraction(1, 2) of type Fraction": Fraction(1, 2),
+    "a tensor of shape (1,) and dtype torch.float32": torch.tensor([0.1]),
+    "a tensor of shape () and dtype torch.int64": torch.tensor(1),
+    "a tensor of shape () and dtype torch.bool": torch.tensor(True),
+}
+
+
+@pytest.mark.parametrize("option", ["smoothing", "temperature", "softcap", "eval_smoothing"])
+@pytest.mark.parametrize("shown", NO_NUMBERS)
+def test_options_that_are_no_numbers(option, shown):
+    if option == "softcap" and NO_NUMBERS[shown] is None:
+        return  # no cap
+    with pytest.raises(TypeError, match=f"^{option} must be a number .*") as error:
+        patch_model(tiny(), **{option: NO_NUMBERS[shown]})
+    assert str(error.value).endswith(f", got {shown}")
+
+
+@pytest.mark.parametrize("option", ["smoothing", "temperature", "softcap"])
+def test_an_option_that_requires_a_gradient_would_never_be_trained(option):
+    learned = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(
+        ValueError, match=rf"^{option} is a tensor that requires a gradient.*would "
+    ):
+        patch_model(tiny(), **{option: learned})
+    patch_model(tiny(), **{option: learned.detach()})
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.float16(0.5), 1])
+def test_numbers_of_numpy_are_numbers(number):
+    options = {"smoothing": number, "temperature": number, "softcap": number}
+    got = patch_model(tiny(), **options)(**batch()).loss
+    want = patch_model(tiny(), **{name: float(number) for name in options})(**batch()).loss
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1, "1 of type int"), ("no", "'no' of type str"), (None, "None of type")]
+)
+def test_eval_logits_is_true_or_false(value, shown):
+    with pytest.raises(TypeError, match=f"eval_logits must be True or False, got {shown}"):
+        patch_model(tiny(), eval_logits=value)
+
+
+def test_options_are_looked_at_before_the_model():
+    with pytest.raises(TypeError, match="smoothing must be a number"):
+        patch_model("gpt2", "0.1")

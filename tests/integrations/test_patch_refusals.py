@@ -1,6 +1,8 @@
 """What the patch cannot serve it refuses, in words, and leaves as it was."""
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,9 +98,9 @@ def _no_normaliser():
         (lambda: nn.Linear(3, 4), "has no loss_function", "Pass a Hugging Face language model"),
         (lambda: tiny().model, "LlamaModel: it has no output embeddings", "owns the head"),
         (_outer_without_head, "LlamaModel: it has no output embeddings", "owns the head"),
-        (_quantised, "its head lm_head is a _Scaled, not a plain", "out of quantisation"),
-        (_integer_weight, "is a Parameter of torch.int8, not plain floating", "modules_to_not"),
-        (_weight_subclass, "is a _WeightOfItsOwn of torch.float64", "out of quantisation"),
+        (_quantised, f"lm_head is of class {__name__}._Scaled, not a plain", "out of quantisation"),
+        (_integer_weight, "Parameter and dtype torch.int8, not plain floating", "modules_to_not"),
+        (_weight_subclass, f"{__name__}._WeightOfItsOwn and dtype torch.f", "out of quantisation"),
         (_head_hook, "the lm_head forward was replaced on the instance", "Patch before"),
         (_model_hook, "the LlamaForCausalLM forward was replaced on the instance", "accelerate"),
         (lambda: _bart(lambda loss: 0.9 * loss), "where the cross-entropy is", "without the patch"),
@@ -116,6 +118,24 @@ def test_refused_with_a_reason_and_a_remedy(build, reason, remedy):
     assert str(error.value).startswith(f"patch_model cannot serve {cls.__name__}: ")
     assert type(model) is cls
     assert vars(model) == attributes
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("gpt2", "got 'gpt2'; load one first, as AutoModelForCausalLM.from_pretrained(name) does"),
+        (Path("gpt2"), "got 'gpt2'; load one first"),
+        (None, "got NoneType; load one first"),
+        (transformers.LlamaForCausalLM, "got the class LlamaForCausalLM; load one first"),
+        (tiny().config, "got LlamaConfig; load one first"),
+        (tiny().state_dict(), "got OrderedDict; load one first"),
+        (SimpleNamespace(model=nn.Linear(3, 4)), "got the SimpleNamespace of one; pass its .model"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_model_is_a_type_error_that_says_how_to_get_one(given, shown):
+    with pytest.raises(TypeError, match=re.escape(f"a language model is needed, {shown}")):
+        patch_model(given)
 
 
 def test_a_refused_model_still_trains():

@@ -55,6 +55,29 @@ def test_eval_logits_false_gives_the_loss_alone(options, tmp_path):
     assert set(seen) == {1}  # the head answered with its loss
 
 
+NEEDED = (
+    r"eval_logits=False, but Trainer wants its logits.*eval_logits=True\), or leave compute_met"
+)
+
+
+# Mixtral returns more than logits, which Trainer would take for them.
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_eval_logits_false_beside_compute_metrics_is_refused(family, tmp_path):
+    model = patch_model(tiny(family, dtype=torch.float32), eval_logits=False)
+    with pytest.raises(RuntimeError, match=NEEDED):
+        _evaluate(model, tmp_path, lambda _: {})
+    got = _evaluate(
+        patch_model(model), tmp_path, lambda prediction: {"n": len(prediction.label_ids)}
+    )
+    assert got["eval_n"] == 8
+
+
+def test_eval_logits_false_has_no_predictions_to_return(tmp_path):
+    trainer = new_trainer(patch_model(tiny(dtype=torch.float32), eval_logits=False), tmp_path)
+    with pytest.raises(RuntimeError, match=NEEDED):
+        trainer.predict(rows())
+
+
 def test_evaluation_between_steps_leaves_training_what_it_was(tmp_path):
     def losses(**options):
         model = patch_model(tiny(dtype=torch.float32), eval_smoothing=0.1)

@@ -36,8 +36,9 @@ def prepare(
 
     Tested with DDP, FSDP2 and DeepSpeed, with mixed precision, and with torch.compile of the whole
     model or by regions. A step is that of the unpatched model with its logits smoothed by
-    `torch.nn.functional.cross_entropy`; see `levelhead.patch_model`. The loss that a model prepared
-    here reports is float32.
+    `torch.nn.functional.cross_entropy`; see `levelhead.patch_model`. A call with labels is such a
+    step if the model is in training mode or gradients are enabled, in eval mode with a warning. The
+    loss that a model prepared here reports is float32.
 
     Args:
         accelerator: of any configuration.
@@ -51,6 +52,7 @@ def prepare(
         What `accelerator.prepare` returns: the model alone, or a tuple in the order of arguments.
 
     Raises:
+        TypeError: as `levelhead.patch_model`.
         ValueError: `patch_model` refuses the model or an option.
 
     Example:
@@ -59,9 +61,10 @@ def prepare(
         >>> for batch in loader:
         ...     accelerator.backward(model(**batch).loss)
     """
+    outer = language_model(model)
     # Regional compilation works on a second model, and unwrap_model gives back the first.
     first = [vars(module)["_orig_mod"] for module in model.modules() if "_orig_mod" in vars(module)]
-    for inner in map(language_model, [model, *first]):
+    for inner in (outer, *map(language_model, first)):
         with _without_mixed_precision(accelerator, inner):
             patch_model(inner, smoothing, **options)
     if getattr(model, "_is_accelerate_prepared", False) and not others:
@@ -88,7 +91,7 @@ def _without_mixed_precision(accelerator: Accelerator, model: nn.Module) -> Iter
         attributes["forward"] = original
     try:
         yield
-    except ValueError:
+    except (TypeError, ValueError):
         attributes["forward"] = autocast
         raise
     from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager

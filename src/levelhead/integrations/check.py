@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .heads import language_model
 from .loss_call import IGNORE_INDEX
 from .loss_head import LossHead
+from .options import check_smoothing
 from .patch import patch_model, unpatch_model
 from .patched import PatchState, patch_state
 
@@ -81,11 +82,12 @@ def check_patch(
 ) -> PatchCheck:
     """Compare patched and unpatched loss and gradients of `model` on `batch`; print the verdict.
 
-    Two training steps, forward and backward, from the same random state (dropout falls alike): the
-    model's own with dense label smoothing, then the patched one. No optimiser steps. Gradients,
-    buffers, random state, training mode and the patch are afterwards what they were; a model
-    without a patch is patched for the check only. It takes the memory of an unpatched step and of
-    the gradients once more, so a small batch will do.
+    Two steps, forward and backward, from the same random state (dropout falls alike): the model's
+    own with dense label smoothing, then the patched one. Each module stays in the mode it is in,
+    training or eval: what is checked is the model as it would be trained now. No optimiser steps.
+    Gradients, buffers, random state and the patch are afterwards what they were; a model without a
+    patch is patched for the check only. It takes the memory of an unpatched step and of the
+    gradients once more, so a small batch will do.
 
     The budgets come from arithmetic. Let r be the spacing of the numbers next to 1 in the coarsest
     floating-point type at work (of a parameter, of the head's output, or of float32 products as
@@ -114,8 +116,10 @@ def check_patch(
         The numbers behind the verdict.
 
     Raises:
-        ValueError: `patch_model` refuses the model; the batch has no label to learn; the dense step
-            gives no finite gradient; a parameter has hooks that act when its gradient is ready.
+        TypeError: `model` is no module, or `smoothing` no number.
+        ValueError: `patch_model` refuses the model; it trains on an objective of its own; the batch
+            has no label to learn; the dense step gives no finite gradient; a parameter has hooks
+            that act when its gradient is ready.
         RuntimeError: the patched model refuses the call.
 
     Example:
@@ -128,19 +132,22 @@ def check_patch(
             f"check_patch needs a batch with labels, got one of {sorted(batch)}; add `labels` of "
             "the shape of `input_ids`, with -100 where there is nothing to learn"
         )
-    if smoothing is not None and not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}; a common choice is 0.1")
+    if smoothing is not None:
+        check_smoothing("smoothing", smoothing)
     inner = language_model(model)
     before = patch_state(inner)
+    if before is not None and before.objective is not None:
+        raise ValueError(
+            f"check_patch compares with label smoothing, but the {type(inner).__name__} trains on "
+            f"the objective {type(before.objective).__name__}; call set_objective(model, None) first"
+        )
     if before is None:
         patch_model(model)
     patch = before or vars(inner)["_levelhead"]
     if smoothing is not None:
         patch = replace(patch, smoothing=smoothing)
     try:
-        with _left_as_it_was(model):
-            if not inner.training:
-                model.train()
+        with _left_as_it_was(model), torch.enable_grad():
             result = _compare(model, inner, patch, dict(batch))
     finally:
         vars(inner)["_levelhead"] = patch if before is None else before
@@ -152,7 +159,7 @@ def check_patch(
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give `model` back its gradients, buffers and training mode."""
+    """Give `model` back its gradients and buffers."""
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
@@ -162,7 +169,6 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             )
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
@@ -171,8 +177,6 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for module, training in modes:
-            module.training = training
 
 
 def _compare(
@@ -208,7 +212,7 @@ def _compare(
 
 @dataclass(frozen=True)
 class _DenseStep:
-    """A training step without the patch; its gradients are those of `scale * loss`."""
+    """A step without the patch; its gradients are those of `scale * loss`."""
 
     loss: float
     largest_logit: float
@@ -252,6 +256,7 @@ def _dense_loss(model: nn.Module, patch: PatchState, batch: dict[str, Any]) -> t
     """The loss of the unpatched model with dense label smoothing, and its largest logit."""
     labels: Any = batch.get("labels")
     target: Any = batch.get("shift_labels")
+    ignored = batch.get("ignore_index", IGNORE_INDEX)
     if labels is None:
         batch = batch | {"labels": target}  # without labels no model gives a loss
     with _same_random_numbers(model):
@@ -259,16 +264,18 @@ def _dense_loss(model: nn.Module, patch: PatchState, batch: dict[str, Any]) -> t
     logits = output.logits[..., : patch.transform.vocab_size]  # (..., T, V)
     if target is None:
         # Prompt tuning puts virtual tokens, without labels, in front.
-        labels = F.pad(labels, (logits.shape[-2] - labels.shape[-1], 0), value=IGNORE_INDEX)
-        shifted = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        labels = F.pad(labels, (logits.shape[-2] - labels.shape[-1], 0), value=ignored)
+        shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:]
         target = shifted if patch.transform.shift else labels
     target = target.flatten().to(logits.device)
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     items = batch.get("num_items_in_batch")
-    items = (target != IGNORE_INDEX).sum() if items is None else items
+    items = (target != ignored).sum() if items is None else items
 
     def cross_entropy(logits: Tensor, smoothing: float) -> Tensor:
-        total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
+        total = F.cross_entropy(
+            logits, target, reduction="sum", ignore_index=ignored, label_smoothing=smoothing
+        )
         return total.div(items)
 
     trained = logits / patch.temperature

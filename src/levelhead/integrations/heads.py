@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,20 @@ def original_class(model: Any) -> Any:
     return getattr(type(model), "_levelhead_original", type(model))
 
 
+def class_path(instance: object) -> str:
+    """The class of `instance` with its module: many a class is called Linear."""
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The module that returns the loss: `model` itself, or the one that its wrappers hold.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is none that has an output head.
     """
+    if not isinstance(model, nn.Module):
+        raise _no_module(model)
     # Looked up on the class: wrappers forward what an instance is asked for. The first one counts:
     # the language model within a larger model does not make the loss of that.
     for module in model.modules():
@@ -45,6 +54,19 @@ def language_model(model: nn.Module) -> nn.Module:
         remedy = "Pass the Hugging Face language model that owns the head and returns the loss"
         raise refusal(model, "it has no output embeddings", remedy)
     return model
+
+
+def _no_module(model: Any) -> TypeError:
+    """The error for what is given in place of a model: its name, its class, its weights, its trainer."""
+    kind = type(model).__name__
+    if isinstance(getattr(model, "model", None), nn.Module):
+        return TypeError(f"a language model is needed, got the {kind} of one; pass its .model")
+    names = isinstance(model, (str, Path))
+    what = f"the class {model.__name__}" if isinstance(model, type) else kind
+    return TypeError(
+        f"a language model is needed, got {repr(str(model)) if names else what}; load one first, as "
+        "AutoModelForCausalLM.from_pretrained(name) does, and pass that"
+    )
 
 
 def output_heads(model: nn.Module) -> list[nn.Linear]:
@@ -152,7 +174,7 @@ def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
     if getattr(original_class(head), "forward", None) is not nn.Linear.forward:
         raise refusal(
             model,
-            f"its head {path} is a {type(head).__name__}, not a plain torch.nn.Linear",
+            f"its head {path} is of class {class_path(head)}, not a plain torch.nn.Linear",
             "Keep the head out of quantisation and adapters, for example through "
             "llm_int8_skip_modules or target_modules; to train it beside an adapter, list it in "
             "modules_to_save",
@@ -162,8 +184,8 @@ def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
     if not plain or weight.dtype not in _DTYPES:
         raise refusal(
             model,
-            f"the weight of its head {path} is a {type(weight).__name__} of {weight.dtype}, not "
-            "plain floating-point numbers",
+            f"the weight of its head {path} is of class {class_path(weight)} and dtype "
+            f"{weight.dtype}, not plain floating-point numbers",
             "Keep the head out of quantisation, for example through modules_to_not_convert",
         )
     linear: nn.Linear = head

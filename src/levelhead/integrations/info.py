@@ -36,7 +36,7 @@ class PatchInfo:
     head: str
     smoothing: float | Tensor
     temperature: float | Tensor
-    softcap: float | None
+    softcap: float | Tensor | None
     eval_smoothing: float
     eval_logits: bool
     objective: Any

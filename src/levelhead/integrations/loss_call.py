@@ -170,7 +170,7 @@ class LossCall:
             raise ChangedError(
                 "the loss was asked for, but the patched head did not compute it: the head was "
                 "replaced or wrapped after patch_model (by an adapter, quantisation or "
-                "resize_token_embeddings). Undo that, or call unpatch_model and patch_model again; "
+                "resize_token_embeddings). Undo that, or call patch_model again; "
                 "to train the head beside an adapter, list it in modules_to_save"
             )
         # Adds nothing, but leads the backward pass through whatever became of the head's output:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..ops.checks import is_dtensor
 from .heads import intercepts_linear
-from .loss_call import LossCall, Shown, under_way, version
+from .labels import check_labels
+from .loss_call import IGNORE_INDEX, LossCall, Shown, under_way, version
 
 # Heads that have warned of a call past the forward of their model.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -114,4 +115,10 @@ def _head_loss(head: nn.Linear, hidden: Tensor, call: LossCall) -> Tensor:
             )
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
-    return call.compute(hidden, weight, bias, target)
+    try:
+        return call.compute(hidden, weight, bias, target)
+    except (IndexError, TypeError):
+        given = "labels" if call.shift_labels is None else "shift_labels"
+        shifted = call.own.shift and call.shift_labels is None
+        check_labels(target, len(weight), IGNORE_INDEX, name=given, shifted=shifted)
+        raise

@@ -26,7 +26,8 @@ def set_objective(model: ModelT, objective: Objective | None) -> ModelT:
     The loss of a training call with `labels` is then the sum of the objective's losses over the
     valid tokens, times the `temperature` of `patch_model`, over their number or
     `num_items_in_batch`. The temperature and the softcap of `patch_model` hold for it, its smoothing
-    does not. Calls in eval mode are what they were.
+    does not. Calls in eval mode without gradients are what
+    they were.
 
     Args:
         model: what `patch_model` has patched, or a wrapper around it; changed in place.
@@ -39,6 +40,7 @@ def set_objective(model: ModelT, objective: Objective | None) -> ModelT:
         The same object.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: the model is not patched.
 
     Example:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from .heads import (
     refusal,
 )
 from .loss_head import LossHead, loss_head
+from .options import check_options
 from .patched import PatchState, patch_state, patched_class
 from .probe import probe
 
@@ -30,7 +30,7 @@ def patch_model(
     smoothing: float | Tensor = 0.1,
     *,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
+    softcap: float | Tensor | None = None,
     eval_smoothing: float = 0.0,
     eval_logits: bool = True,
 ) -> ModelT:
@@ -62,11 +62,12 @@ def patch_model(
             `torch.compile`), whose head is a plain `torch.nn.Linear`; changed in place.
         smoothing: the share of probability spread evenly over the vocabulary, in [0, 1]. A 0-dim
             Tensor is kept as it is: filled in place, it changes the smoothing from step to step
-            without recompilation; its values are not checked.
+            without recompilation; what it is filled with is not checked.
         temperature: T > 0 of training: the logits are divided by T, the loss is multiplied by it. A
             0-dim Tensor may change from step to step, like the smoothing; it is not trained.
             T < 1 lets the head of a small model become confident, so that smoothing has an effect.
-        softcap: bound of the logits in training, > 0, for a model that has none of its own.
+        softcap: bound of the logits in training, > 0, for a model that has none of its own; a number or a
+            0-dim Tensor, as the temperature.
         eval_smoothing: smoothing of the loss of a call in eval mode without gradients, in [0, 1].
         eval_logits: False: such a call with labels gives no logits either, and takes no memory for
             them.
@@ -75,6 +76,7 @@ def patch_model(
         The same object.
 
     Raises:
+        TypeError: an option is of another type, or `model` is no module.
         ValueError: an option lies outside its range, or the model does with its head or its loss
             what the patch could not reproduce; the message says what, and what to do.
 
@@ -85,12 +87,7 @@ def patch_model(
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained(name), smoothing=0.1).train()
         >>> model(input_ids=ids, labels=ids).loss.backward()
     """
-    for name, share in (("smoothing", smoothing), ("eval_smoothing", eval_smoothing)):
-        if not isinstance(share, Tensor) and not 0 <= share <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {share}; a common choice is 0.1")
-    for name, number in (("temperature", temperature), ("softcap", softcap)):
-        if number is not None and not isinstance(number, Tensor) and not 0 < number < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {number}")
+    check_options(smoothing, temperature, softcap, eval_smoothing, eval_logits)
     inner = language_model(model)
     patched = patch_state(inner) is not None
     heads = linear_heads(inner) if patched else output_heads(inner)

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .callers import refuse_missing_logits, refuse_other_losses
 from .forward import forward_with_loss
-from .heads import inner_heads
+from .heads import class_path, inner_heads
 from .loss_call import IGNORE_INDEX, LossCall, NoLoss, Objective, Shown, run, under_way
 from .loss_head import LossHead
 from .probe import HeadTransform, Probed, config_values, probe
@@ -38,7 +39,7 @@ class PatchState:
     probed: Probed
     smoothing: float | Tensor
     temperature: float | Tensor
-    softcap: float | None
+    softcap: float | Tensor | None
     eval_smoothing: float
     eval_logits: bool
     objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
@@ -51,7 +52,8 @@ class PatchState:
     def training_transform(self) -> HeadTransform:
         """The model's own transform, then temperature and softcap."""
         own = self.transform.at_temperature(self.temperature)
-        return own if self.softcap is None else replace(own, softcap=self.softcap)
+        softcap: Any = self.softcap
+        return own if softcap is None else replace(own, softcap=softcap)
 
 
 def patch_state(model: nn.Module) -> PatchState | None:
@@ -211,11 +213,14 @@ def loss_call(
     shift_labels: Any = given.get("shift_labels")
     training = trains(model)
     if labels is None and shift_labels is None:
-        if model.training and torch.is_grad_enabled():
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            refuse_other_losses(model)
             _warn_of_missing_labels(model)
         return NoLoss.WITHOUT_LABELS
     if skip_logits is None:
         skip_logits = training or not state.eval_logits
+        if skip_logits and not training and not torch.compiler.is_compiling():
+            refuse_missing_logits(model)
     alone = not training and not skip_logits and state.eval_smoothing == 0
     if alone and labels is not None:
         return NoLoss.LEFT_ALONE
@@ -274,10 +279,10 @@ def _checked(model: Any, state: PatchState, given: dict[str, Any]) -> PatchState
     for head in inner_heads(model):
         if not isinstance(head, LossHead):
             raise RuntimeError(
-                f"the head of the patched {name} is a {type(head).__name__} now: it was replaced or "
+                f"the head of the patched {name} is of class {class_path(head)} now: it was replaced or "
                 "wrapped after patch_model (by an adapter, quantisation or "
                 "resize_token_embeddings), and the loss would be another. Undo that, or call "
-                "unpatch_model and patch_model again; to train the head beside an adapter, list it "
+                "patch_model again; to train the head beside an adapter, list it "
                 "in modules_to_save"
             )
     own, kind = loss_source(model)

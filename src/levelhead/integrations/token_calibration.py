@@ -69,7 +69,10 @@ class TokenCalibration:
         if target is None and labels is not None:
             shift = self._head.transform.shift
             target = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift else labels
-        self._target = None if target is None else _of_this_rank(target)
+        if target is not None:
+            ignored = given.get("ignore_index", IGNORE_INDEX)
+            target = _of_this_rank(target.masked_fill(target == ignored, IGNORE_INDEX))
+        self._target = target
         # Anew in each call, so that they come last: behind the hooks that gather the weight, which
         # ZeRO registers when it wraps a model.
         for handle in self._at_head:

@@ -109,6 +109,7 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         bins: number of bins of equal width for the ECE.
 
     Raises:
+        TypeError: when Trainer is made, if what it is given is no module.
         ValueError: when Trainer is made or begins, if the logits of its model are not what its head
             gives, scaled and capped, as `patch_model` needs; if `bins` is below 1.
         RuntimeError: in an evaluation, if no label came by with the hidden states, or if evaluation

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..ops import linear_logit_stats
 from ..ops.checks import check_target_range
 from ..ops.loss import token_loss
+from .callers import other_loss, trainer_of_trl, trainers_at_work
 from .forward import forward_with_loss
 from .heads import language_model, original_class
 from .loss_call import IGNORE_INDEX, LossCall
@@ -53,7 +54,7 @@ def patch_trainer(trainer: TrainerT, smoothing: float | Tensor = 0.1, **options:
         The same object.
 
     Raises:
-        TypeError: `trainer` is no `SFTTrainer`.
+        TypeError: `trainer` is no `SFTTrainer`, or one of TRL's own with another loss (GKD, GOLD).
         ValueError: its `loss_type` is "dft", or `patch_model` refuses its model or an option.
         RuntimeError: it has trained in mixed precision already.
 
@@ -61,15 +62,14 @@ def patch_trainer(trainer: TrainerT, smoothing: float | Tensor = 0.1, **options:
         >>> trainer = SFTTrainer(name, arguments, train_dataset=data)  # a name, as "Qwen/Qwen3-0.6B"
         >>> trainer = patch_trainer(trainer, smoothing=0.1)  # and then trainer.train()
     """
-    from trl import SFTTrainer
-
-    if not isinstance(trainer, SFTTrainer):
+    if trainer_of_trl(trainer) != "SFTTrainer":
         raise TypeError(
             f"patch_trainer needs a trl.SFTTrainer, got {type(trainer).__name__}; for the Trainer "
             "of transformers, patch_model(model) is all it takes"
         )
-    _check_loss_type(trainer)
-    model = language_model(trainer.model)
+    sft: Any = trainer
+    _check_loss_type(sft)
+    model = language_model(sft.model)
     if "_original_forward" in vars(model):  # accelerate has put its autocast around TRL's
         raise RuntimeError(
             "patch_trainer comes too late: accelerate has prepared the model of this trainer. Call "
@@ -78,7 +78,7 @@ def patch_trainer(trainer: TrainerT, smoothing: float | Tensor = 0.1, **options:
     forward = vars(model).pop("forward")  # the fused one; patch_model refuses a model that has one
     try:
         patch_model(model, smoothing, **options)
-    except ValueError:
+    except (TypeError, ValueError):
         vars(model)["forward"] = forward
         raise
     vars(model)["forward"] = _answering(model, forward)
@@ -86,7 +86,7 @@ def patch_trainer(trainer: TrainerT, smoothing: float | Tensor = 0.1, **options:
 
 
 def adapt(model: nn.Module, forward: Any) -> Any:
-    """What a patched `model` takes for its forward where TRL sets `forward`, its fused head.
+    """What a patched `model` takes for its forward where TRL sets `forward`, as its fused head.
 
     Args:
         model: a patched model.
@@ -97,31 +97,16 @@ def adapt(model: nn.Module, forward: Any) -> Any:
 
     Raises:
         ValueError: the `loss_type` of the `SFTTrainer` is "dft".
-        RuntimeError: it is not an `SFTTrainer` that sets it. Others want log-probabilities for
-            losses that are no cross-entropy, and would be given smoothed ones.
+        RuntimeError: it is not an `SFTTrainer` that sets it. Others want log-probabilities or
+            hidden states for losses that are no cross-entropy.
     """
-    trainer = _trainer_under_construction()
-    if trainer is None:
-        raise RuntimeError(
-            f"the patched {type(model).__name__} was given a fused head of TRL, but not by "
-            "SFTTrainer; the loss that it is for is no cross-entropy, and cannot be smoothed. Use "
-            "unpatch_model first"
-        )
+    # That whose constructor sets the forward, or whose step does: TRL does not tell the model.
+    trainer, _ = next(trainers_at_work(), (None, None))
+    name = trainer_of_trl(trainer)
+    if name != "SFTTrainer":
+        raise other_loss(model, name or "add_fused_lm_head")
     _check_loss_type(trainer)
     return _answering(model, forward)
-
-
-def _trainer_under_construction() -> Any:
-    """The `SFTTrainer` whose constructor is at work, if one is; TRL does not tell the model."""
-    from trl import SFTTrainer
-
-    frame = inspect.currentframe()
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, SFTTrainer):
-            return trainer
-        frame = frame.f_back
-    return None
 
 
 def _check_loss_type(trainer: Any) -> None:

@@ -69,6 +69,7 @@ def score_questions(
         Scores, from statistics in float32 (float64 for float64 models).
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: an argument or a question cannot be used; a question is named by its number.
         RuntimeError: as `score_prompts`.
 

@@ -86,6 +86,7 @@ def score_prompts(
         Scores, as many as prompts.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: an argument cannot be used, a prompt is longer than the model's
             max_position_embeddings, or a statistic is not finite.
         RuntimeError: the model does not call its head, or in a way that is not understood.
@@ -95,12 +96,12 @@ def score_prompts(
         raise ValueError(f"unknown confidence {confidence!r}; expected one of {valid}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    head = find_head(model)
     if model.training:
         raise ValueError(
             f"the {type(model).__name__} is in training mode, in which dropout would blur its "
             "scores; call model.eval() first"
         )
-    head = find_head(model)
     if not head.transform.shift:
         raise ValueError(
             f"{type(head.model).__name__} is no causal language model: its loss does not take the "

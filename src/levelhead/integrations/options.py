@@ -1,0 +1,67 @@
+"""What the options of `patch_model` may be."""
+
+from __future__ import annotations
+
+import math
+from numbers import Rational, Real
+from typing import Any
+
+from torch import Tensor
+
+
+def check_options(
+    smoothing: Any, temperature: Any, softcap: Any, eval_smoothing: Any, eval_logits: Any
+) -> None:
+    """Refuse options of `patch_model` that it could not use as they are.
+
+    Raises:
+        TypeError: one is neither a number nor a 0-dim floating-point tensor; `eval_smoothing` is no
+            number, `eval_logits` no bool.
+        ValueError: one lies outside its range, or is a tensor that requires a gradient.
+    """
+    check_smoothing("smoothing", smoothing)
+    _check_positive("temperature", temperature)
+    if softcap is not None:
+        _check_positive("softcap", softcap)
+    if isinstance(eval_smoothing, Tensor):
+        raise TypeError(f"eval_smoothing must be a number in [0, 1], got {_shown(eval_smoothing)}")
+    check_smoothing("eval_smoothing", eval_smoothing)
+    if not isinstance(eval_logits, bool):
+        raise TypeError(f"eval_logits must be True or False, got {_shown(eval_logits)}")
+
+
+def check_smoothing(name: str, smoothing: Any) -> None:
+    """Refuse what is no share of probability; `name` is that of the argument."""
+    value = _value(name, smoothing, "in [0, 1]")
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value:g}; a common choice is 0.1")
+
+
+def _check_positive(name: str, option: Any) -> None:
+    value = _value(name, option, "above 0")
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value:g}")
+
+
+def _value(name: str, option: Any, bounds: str) -> float | None:
+    """The number that an option stands for; None for a tensor on the meta device, which has none."""
+    # Real numbers include those of numpy; but True is a mistake, and torch takes no fractions.
+    if type(option) is int or (isinstance(option, Real) and not isinstance(option, Rational)):
+        return float(option)
+    if not isinstance(option, Tensor) or option.dim() or not option.is_floating_point():
+        raise TypeError(
+            f"{name} must be a number {bounds} or a 0-dim floating-point tensor, got "
+            f"{_shown(option)}"
+        )
+    if option.requires_grad:
+        raise ValueError(
+            f"{name} is a tensor that requires a gradient, which the loss of a patched model does "
+            f"not give it: it would never be trained. Pass {name}.detach()"
+        )
+    return None if option.is_meta else option.item()
+
+
+def _shown(option: Any) -> str:
+    if isinstance(option, Tensor):
+        return f"a tensor of shape {tuple(option.shape)} and dtype {option.dtype}"
+    return f"{option!r} of type {type(option).__name__}"
