@@ -57,7 +57,6 @@ def main(arguments: list[str] | None = None) -> float:
     optimizer = torch.optim.AdamW(
         (parameter for parameter in model.parameters() if parameter.requires_grad), lr=1e-2
     )
-    model.train()
     for _ in range(options.steps):
         loss = model(**batch()).loss
         loss.backward()

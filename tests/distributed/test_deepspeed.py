@@ -116,10 +116,7 @@ def test_a_head_split_by_tensor_parallelism_is_refused_before_and_after_the_patc
         assert messages["patched after"].startswith("ValueError: patch_model cannot serve Llama")
         assert "its head lm_head is of class deepspeed." in messages["patched after"]
         assert messages["patched before"].startswith("RuntimeError: ")
-        assert (
-            "is of class deepspeed.module_inject.layers.LinearLayer now: it was replaced"
-            in messages["patched before"]
-        )
+        assert "LinearLayer now: it was replaced or wrapped" in messages["patched before"]
 
 
 def test_a_compiled_engine_takes_the_steps_of_one_process(tmp_path):

@@ -18,9 +18,9 @@ class PatchInfo:
     Attributes:
         model: the class of the patched language model.
         head: where its output head is, within it.
-        smoothing: of `patch_model`, as the options that follow.
-        temperature: of training.
-        softcap: of training, in place of one of the model's own.
+        smoothing: of `patch_model`, a number or a float32 Tensor of shape (), as the next two.
+        temperature: of training, a number or a float32 Tensor of shape ().
+        softcap: of training, a number, a float32 Tensor of shape (), or None.
         eval_smoothing: of calls in eval mode without gradients.
         eval_logits: whether those give logits.
         objective: what `set_objective` trains on in place of the smoothed cross-entropy, or None.
@@ -29,7 +29,7 @@ class PatchInfo:
         own_softcap: found in the model: the cap of its logits, or None.
         vocab_size: found in the model: how many entries of its head reach its loss; None: all.
         shift: found in the model: whether it shifts its labels.
-        own_loss: found in the model: whether it computes its loss without `loss_function`.
+        own_loss: found in the model: whether it computes its loss, in nats, without `loss_function`.
     """
 
     model: str
@@ -72,6 +72,7 @@ def patch_info(model: nn.Module) -> PatchInfo | None:
         The options of the patch and what it found in the model; None if the model is not patched.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is no language model in `model`.
 
     Example:
