@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -18,6 +17,8 @@ def forward_with_loss(
 ) -> Any:
     """Run the model's own `forward` as `call`; its output, with the loss, perhaps without logits."""
     return_dict = given.pop("return_dict", None)
+    if model._levelhead_returns_dict:
+        given["return_dict"] = True
     own_loss = call.own.own_loss
     if own_loss:
         if given.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
@@ -30,7 +31,7 @@ def forward_with_loss(
     else:
         given["labels"] = call.labels
     try:
-        output = run(call, forward, model, **_with_return_dict(forward, given))
+        output = run(call, forward, model, **given)
     except ChangedError:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -53,14 +54,6 @@ def forward_with_loss(
         if call.kept and getattr(output, "aux_loss", None) is None:
             call.check_returned(loss)
     return _rebuilt(model, call, output, loss, return_dict)
-
-
-def _with_return_dict(forward: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward, and that its output be one with names, if it can be asked for that."""
-    parameters = inspect.signature(forward).parameters
-    if "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return given | {"return_dict": True}
-    return given
 
 
 def _rebuilt(model: Any, call: LossCall, output: Any, loss: Any, return_dict: bool | None) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .callers import refuse_missing_logits, refuse_other_losses
 from .forward import forward_with_loss
 from .heads import class_path, inner_heads
+from .hollow import accepted
 from .loss_call import IGNORE_INDEX, LossCall, NoLoss, Objective, Shown, run, under_way
 from .loss_head import LossHead
 from .probe import HeadTransform, Probed, config_values, probe
@@ -119,6 +120,7 @@ def patched_class(original: Any) -> Any:
         "__reduce_ex__": lambda self, _protocol: (_rebuild, (original,), self.__getstate__()),
         "__repr__": show,
         "_levelhead_original": original,
+        "_levelhead_returns_dict": "return_dict" in accepted(original, {"return_dict": True}),
         "forward": forward,
         "loss_function": property(own_loss_function, original.loss_function.fset),
     }
