@@ -79,10 +79,10 @@ def test_so_may_one_whose_label_is_ignored() -> None:
 
 
 WRONG = [
-    ((1, 2), "ids", 11, IndexError, "teacher_ids[1, 2] is 11, outside [0, 11); 1 of 12 ids are"),
+    ((1, 2), "ids", 11, IndexError, "teacher_ids[1, 2] is 11, outside [0, 11), as 1 of 12 are"),
     ((1, 0), "ids", -1, IndexError, "teacher_ids[1, 0] is -1, outside [0, 11)"),
     ((1, 2), "ids", -100, IndexError, "teacher_ids[1, 2] is -100, outside [0, 11)"),
-    (1, "ids", 4, ValueError, "teacher_ids[1] hold 4 twice; the candidates of a token must be"),
+    (1, "ids", 4, ValueError, "teacher_ids[1] hold 4 twice; give each candidate once"),
     ((1, 2), "log_probs", NAN, ValueError, "the log-probabilities of token [1] hold NaN"),
     ((1, 2), "log_probs", INF, ValueError, "the log-probabilities of token [1] hold +inf"),
     (

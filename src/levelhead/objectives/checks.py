@@ -123,6 +123,30 @@ def which_choices(probabilities: Tensor, valid: Tensor | None) -> Tensor:
     return valid
 
 
+def outside(name: str, ids: Tensor, end: int, cure: str, *, there: Tensor | bool = True) -> Wrong:
+    """Ids that are there and outside [0, end)."""
+    where = there & ((ids < 0) | (ids >= end))
+    return Wrong(
+        where,
+        ids,
+        lambda at, found: IndexError(
+            f"{name}{at} is {found}, outside [0, {end}), as {int(where.sum())} of {ids.numel()} are; {cure}"
+        ),
+    )
+
+
+def twice(name: str, ids: Tensor, cure: str, *, there: Tensor) -> Wrong:
+    """Rows of ids (..., K) in which one that is there stands twice."""
+    # What is not there gets an id of its own, or two of them would be the same.
+    own = -torch.ones_like(ids).cumsum(-1)
+    ordered = ids.where(there, own).sort(-1).values
+    return Wrong(
+        ordered[..., 1:] == ordered[..., :-1],
+        ordered[..., 1:],
+        lambda at, found: ValueError(f"{name}{at[:-1]} hold {found} twice; {cure}"),
+    )
+
+
 def few_choices(there: Tensor) -> Wrong:
     """Questions with fewer than two choices."""
     number = there.sum(-1)
@@ -160,8 +184,8 @@ def no_candidates(there: Tensor, counts: Tensor) -> Wrong:
         nothing,
         nothing,
         lambda at, _: ValueError(
-            f"token {at} has no candidate, all its log-probabilities are -inf; give a token without a teacher "
-            "ignore_index as its first id"
+            f"token {at} has no candidate, all its log-probabilities are -inf; leave out a token without a teacher "
+            "(distillation_loss does where the first id is ignore_index)"
         ),
     )
 

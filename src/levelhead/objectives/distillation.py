@@ -6,11 +6,20 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..calibration.predictions import check_choice
 from ..ops import checks, linear_logit_stats
 from ..ops.api import Impl, _autocast
 from ..ops.gather import linear_gather
 from ..ops.statistics import statistics_dtype
-from .checks import Wrong, check_floats, check_tensors, no_candidates, no_log_probs, refuse
+from .checks import (
+    check_floats,
+    check_tensors,
+    no_candidates,
+    no_log_probs,
+    outside,
+    refuse,
+    twice,
+)
 
 Normalisation = Literal["renormalised", "full", "other"]
 Reduction = Literal["mean", "sum", "batchmean", "none"]
@@ -18,6 +27,10 @@ Reduction = Literal["mean", "sum", "batchmean", "none"]
 _Head = tuple[Tensor, Tensor, Tensor | None, float | None, float, Impl | None]
 
 _IGNORE_INDEX = -100
+_PAD = (
+    "give each candidate once, pad with the log-probability -inf, and mark a token without a teacher by ignore_index "
+    "as its first id"
+)
 
 # The least probability that 1 - sum resolves, beside a logsumexp of some tens.
 _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -92,8 +105,8 @@ def distillation_loss(
         torch.Size([])
     """
     _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
-    _check_choice("normalisation", normalisation, get_args(Normalisation))
-    _check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("normalisation", normalisation, get_args(Normalisation))
+    check_choice("reduction", reduction, get_args(Reduction))
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if reduction == "batchmean" and input.dim() < 2:
@@ -139,7 +152,7 @@ class Distillation:
     columns: ClassVar[tuple[str, ...]] = ("teacher_ids", "teacher_log_probs")
 
     def __post_init__(self) -> None:
-        _check_choice("normalisation", self.normalisation, get_args(Normalisation))
+        check_choice("normalisation", self.normalisation, get_args(Normalisation))
 
     def __call__(
         self,
@@ -196,8 +209,8 @@ def _losses(
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
     teacher = refuse(
         teacher,
-        _outside(ids, there, len(linear_weight)),
-        _twice(ids, there),
+        outside("teacher_ids", ids, len(linear_weight), _PAD, there=there),
+        twice("teacher_ids", ids, _PAD, there=there),
         no_candidates(there, counts),
         no_log_probs(teacher, counts),
     )
@@ -309,35 +322,3 @@ def _check(
             f"teacher_log_probs is on {teacher_log_probs.device} but input is on {input.device}; "
             "move one"
         )
-
-
-def _outside(ids: Tensor, there: Tensor, vocabulary: int) -> Wrong:
-    outside = there & ((ids < 0) | (ids >= vocabulary))
-    return Wrong(
-        outside,
-        ids,
-        lambda at, found: IndexError(
-            f"teacher_ids{at} is {found}, outside [0, {vocabulary}); {int(outside.sum())} of {ids.numel()} ids are. "
-            "What is no candidate has the log-probability -inf, and a token without a teacher ignore_index as its "
-            "first id"
-        ),
-    )
-
-
-def _twice(ids: Tensor, there: Tensor) -> Wrong:
-    # What is no candidate gets an id of its own, or two of them would be the same.
-    own = -1 - torch.arange(ids.shape[-1], device=ids.device)
-    ordered = ids.where(there, own).sort(-1).values
-    return Wrong(
-        ordered[..., 1:] == ordered[..., :-1],
-        ordered[..., 1:],
-        lambda at, found: ValueError(
-            f"teacher_ids{at[:-1]} hold {found} twice; the candidates of a token must be distinct, and what is no "
-            "candidate has the log-probability -inf"
-        ),
-    )
-
-
-def _check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, valid))}")
