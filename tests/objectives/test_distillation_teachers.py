@@ -79,7 +79,13 @@ def test_so_may_one_whose_label_is_ignored() -> None:
 
 
 WRONG = [
-    ((1, 2), "ids", 11, IndexError, "teacher_ids[1, 2] is 11, outside [0, 11), as 1 of 12 are"),
+    (
+        (1, 2),
+        "ids",
+        11,
+        IndexError,
+        "teacher_ids[1, 2] is 11, outside [0, 11); give each candidate once, pad",
+    ),
     ((1, 0), "ids", -1, IndexError, "teacher_ids[1, 0] is -1, outside [0, 11)"),
     ((1, 2), "ids", -100, IndexError, "teacher_ids[1, 2] is -100, outside [0, 11)"),
     (1, "ids", 4, ValueError, "teacher_ids[1] hold 4 twice; give each candidate once"),

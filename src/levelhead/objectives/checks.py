@@ -125,13 +125,10 @@ def which_choices(probabilities: Tensor, valid: Tensor | None) -> Tensor:
 
 def outside(name: str, ids: Tensor, end: int, cure: str, *, there: Tensor | bool = True) -> Wrong:
     """Ids that are there and outside [0, end)."""
-    where = there & ((ids < 0) | (ids >= end))
     return Wrong(
-        where,
+        there & ((ids < 0) | (ids >= end)),
         ids,
-        lambda at, found: IndexError(
-            f"{name}{at} is {found}, outside [0, {end}), as {int(where.sum())} of {ids.numel()} are; {cure}"
-        ),
+        lambda at, found: IndexError(f"{name}{at} is {found}, outside [0, {end}); {cure}"),
     )
 
 

@@ -15,8 +15,9 @@ from ..ops import linear_logit_stats
 from ..ops.loss import token_loss
 from ..ops.statistics import statistics_dtype
 from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss
-from .checks import check_integers, check_tensors, outside, refuse, twice
+from .checks import Wrong, check_integers, check_tensors, outside, refuse, twice
 
+_NO_CHOICE = "-1 stands for none"
 _POSITION = "it is where the letter is predicted, one before where it stands in input_ids"
 
 
@@ -114,8 +115,9 @@ class CalibrationAware:
             IndexError: a target or a choice is outside the vocabulary, or an answer outside the tokens. Where values
                 are not looked at (on an accelerator, in a compiled graph) the losses of the row are NaN.
         """
-        sound = self._sound(input, linear_weight, target, choices, answer_position)
+        sound = _sound(input, linear_weight, target, choices, answer_position)
         there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
+        answer_position = answer_position.clamp(0, target.shape[-1] - 1)
         letters = choices[:, None].where(there[..., None], -1)  # (B, T, C); -1 picks nothing
         stats = linear_logit_stats(
             input,
@@ -132,45 +134,46 @@ class CalibrationAware:
         )
         losses = token_loss(logsumexp, picked, mean, self.label_smoothing, 0.0)
         rows = torch.arange(len(choices), device=input.device)
-        picked = stats.picked[rows, answer_position.clamp(0, target.shape[-1] - 1), 1:]
+        picked = stats.picked[rows, answer_position, 1:]
         question = self.tokens * self.ece_weight * self._ece(picked, choices, bin_right, bin_size)
         return sound * (losses + question[:, None].where(there, 0))
-
-    def _sound(
-        self,
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        target: Tensor,
-        choices: Tensor,
-        answer_position: Tensor,
-    ) -> Tensor:
-        """Refuse columns that do not go with the tokens; return 1 for each row, (B, 1), NaN where nobody can look."""
-        check_tensors(input=input, linear_weight=linear_weight)
-        check_integers(target=target, choices=choices, answer_position=answer_position)
-        batch = (*target.shape[:1], *choices.shape[1:2])
-        if target.dim() != 2 or choices.shape != batch or answer_position.shape != batch[:1]:
-            raise ValueError(
-                "target must have shape (B, T), choices (B, C) and answer_position (B,), got "
-                f"{tuple(target.shape)}, {tuple(choices.shape)} and {tuple(answer_position.shape)}"
-            )
-        entries, tokens = len(linear_weight), target.shape[1]
-        counts, there = target != IGNORE_INDEX, choices >= 0
-        sound = torch.ones(
-            len(target), 1, dtype=statistics_dtype(input.dtype), device=target.device
-        )
-        return refuse(
-            sound,
-            outside("target", target, entries, "-100 stands for none", there=counts),
-            outside("choices", choices, entries, "-1 stands for none", there=there),
-            outside("answer_position", answer_position, tokens, _POSITION),
-            twice("choices", choices, "each letter is another token", there=there),
-        )
 
     def _ece(self, picked: Tensor, choices: Tensor, right: Tensor, size: Tensor) -> Tensor:
         probabilities = choice_probabilities(picked, choices)
         if self.classwise:
             return classwise_ece_loss(probabilities, right, size)
         return ece_loss(probabilities, right, size, valid=choices >= 0)
+
+
+def _sound(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor,
+    choices: Tensor,
+    answer_position: Tensor,
+) -> Tensor:
+    """Refuse columns that do not go with the tokens; return 1 for each row, (B, 1), NaN where nobody can look."""
+    check_tensors(input=input, linear_weight=linear_weight)
+    check_integers(target=target, choices=choices, answer_position=answer_position)
+    if not (
+        target.dim() == choices.dim() == 2
+        and len(target) == len(choices)
+        and answer_position.shape == choices.shape[:1]
+    ):
+        raise ValueError(
+            "target must have shape (B, T), choices (B, C) and answer_position (B,), got "
+            f"{tuple(target.shape)}, {tuple(choices.shape)} and {tuple(answer_position.shape)}"
+        )
+    entries, tokens = len(linear_weight), target.shape[1]
+    counts, there = target != IGNORE_INDEX, choices >= 0
+    sound = torch.ones(len(target), 1, dtype=statistics_dtype(input.dtype), device=target.device)
+    return refuse(
+        sound,
+        outside("target", target, entries, "-100 stands for none", there=counts),
+        outside("choices", choices, entries, _NO_CHOICE, there=there),
+        outside("answer_position", answer_position, tokens, _POSITION),
+        twice("choices", choices, "each letter is another token", there=there),
+    )
 
 
 @torch.no_grad()
@@ -194,7 +197,7 @@ def choice_logits(
 
     Raises:
         TypeError: a column is no tensor of integers.
-        IndexError: a question is not one of N, or its answer outside the tokens.
+        IndexError: a question is not one of N, its answer outside the tokens, or a choice outside the vocabulary.
         RuntimeError: a question was in no batch.
     """
     training = model.training
@@ -203,7 +206,12 @@ def choice_logits(
         found: Tensor | None = None
         for batch in batches:
             choices, position = batch["choices"], batch["answer_position"]
-            _check_batch(batch, questions)
+            check_integers(choices=choices, answer_position=position, question=batch["question"])
+            tokens = batch["input_ids"].shape[-1]
+            _refuse_any(
+                outside("answer_position", position, tokens, _POSITION),
+                outside("question", batch["question"], questions, "number all questions from 0"),
+            )
             # The heads of transformers' models can answer for some positions alone: all of the batch's.
             output = model(
                 input_ids=batch["input_ids"],
@@ -211,11 +219,13 @@ def choice_logits(
                 logits_to_keep=position,
                 use_cache=False,
             )
+            logits, there = output.logits, choices >= 0
+            _refuse_any(outside("choices", choices, logits.shape[-1], _NO_CHOICE, there=there))
             rows = torch.arange(len(position), device=position.device)
-            picked = output.logits[rows, rows].float().gather(1, choices.clamp_min(0))
+            picked = logits[rows, rows].float().gather(1, choices.clamp_min(0))
             if found is None:
                 found = picked.new_full((questions, choices.shape[1]), -torch.inf)
-            found[batch["question"]] = picked.masked_fill(choices < 0, -torch.inf)
+            found[batch["question"]] = picked.masked_fill(~there, -torch.inf)
     finally:
         model.train(training)
     if found is None:
@@ -231,14 +241,8 @@ def choice_logits(
     return found
 
 
-def _check_batch(batch: Mapping[str, Any], questions: int) -> None:
-    """Refuse numbers out of their range; an E-step is long enough to wait for them on an accelerator."""
-    position, question = batch["answer_position"], batch["question"]
-    check_integers(choices=batch["choices"], answer_position=position, question=question)
-    tokens = batch["input_ids"].shape[-1]
-    for wrong in (
-        outside("answer_position", position, tokens, _POSITION),
-        outside("question", question, questions, "number the questions of all batches from 0"),
-    ):
+def _refuse_any(*wrongs: Wrong) -> None:
+    """Refuse numbers out of their range, also on an accelerator: an E-step is long enough to wait for them."""
+    for wrong in wrongs:
         if error := wrong.first():
             raise error

@@ -180,9 +180,12 @@ def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Return whether values can be looked at without a host synchronisation: of plain CPU tensors in eager mode."""
+    """Return whether values can be looked at without a host synchronisation: of plain CPU tensors, untraced."""
     return (
-        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
 
 
