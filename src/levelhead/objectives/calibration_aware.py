@@ -226,7 +226,7 @@ def rank_preserving_target(
     no_accuracy = Wrong(
         ~((accuracy >= 0) & (accuracy <= 1)),
         accuracy,
-        lambda at, found: ValueError(
+        lambda at, found: (
             f"accuracy{at} is {found:g}, outside [0, 1]; pass the share of right answers of the bin"
         ),
     )
@@ -354,14 +354,14 @@ def _no_bins(right: Tensor, size: Tensor, *, least: int) -> tuple[Wrong, Wrong]:
     too_small = Wrong(
         size < least,
         size,
-        lambda at, found: ValueError(
+        lambda at, found: (
             f"size{at} is {found}, below {least}; pass what the E-step found for these questions"
         ),
     )
     impossible = Wrong(
         (right < 0) | (right > size),
         right,
-        lambda at, found: ValueError(
+        lambda at, found: (
             f"right{at} is {found}, outside [0, size]; pass what the E-step found for these questions"
         ),
     )

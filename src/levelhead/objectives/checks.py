@@ -25,25 +25,25 @@ class Wrong(NamedTuple):
     Attributes:
         where: (...) or (..., J), bool.
         found: what is wrong there, same shape.
-        error: the exception for a position and what was found there.
+        say: the message for a position and what was found there.
     """
 
     where: Tensor
     found: Tensor
-    error: Callable[[list[int], float], Exception]
+    say: Callable[[list[int], float], str]
 
-    def first(self) -> Exception | None:
-        """The exception for the first position, None if there is none."""
+    def first(self) -> str | None:
+        """The message for the first position, None if there is none."""
         found, where = map(checks.unwrapped, (self.found.where(self.where, 0), self.where))
         positions = where.nonzero()
         if not len(positions):
             return None
         at = positions[0].tolist()
-        return self.error(at, found[tuple(at)].item())
+        return self.say(at, found[tuple(at)].item())
 
 
 def refuse(values: Tensor, *wrongs: Wrong) -> Tensor:
-    """Raise the first of what is wrong; where nobody can look, return ``values`` with NaN in those rows.
+    """Raise ValueError for what is wrong; where nobody can look, return ``values`` with NaN in those rows.
 
     Args:
         values: (..., K), floating point, without gradient: what the loss of a row depends on.
@@ -52,15 +52,30 @@ def refuse(values: Tensor, *wrongs: Wrong) -> Tensor:
     Returns:
         (..., K).
     """
+    values, message = _judged(values, wrongs)
+    if message:
+        raise ValueError(message)
+    return values
+
+
+def refuse_outside(values: Tensor, *outsides: Wrong) -> Tensor:
+    """Do as `refuse` for what is `outside`, which is an IndexError."""
+    values, message = _judged(values, outsides)
+    if message:
+        raise IndexError(message)
+    return values
+
+
+def _judged(values: Tensor, wrongs: tuple[Wrong, ...]) -> tuple[Tensor, str | None]:
     rows = values.dim() - 1
     bad = reduce(
         torch.logical_or, [w.where if w.where.dim() == rows else w.where.any(-1) for w in wrongs]
     )
     if not checks.can_look(bad):
-        return values.masked_fill(bad[..., None], torch.nan)
-    if checks.unwrapped(bad).any():  # of a batch under torch.vmap, the whole
-        raise next(error for wrong in wrongs if (error := wrong.first()))
-    return values
+        return values.masked_fill(bad[..., None], torch.nan), None
+    if not checks.unwrapped(bad).any():  # of a batch under torch.vmap, the whole
+        return values, None
+    return values, next(message for wrong in wrongs if (message := wrong.first()))
 
 
 def check_tensors(**named: object) -> None:
@@ -128,7 +143,7 @@ def outside(name: str, ids: Tensor, end: int, cure: str, *, there: Tensor | bool
     return Wrong(
         there & ((ids < 0) | (ids >= end)),
         ids,
-        lambda at, found: IndexError(f"{name}{at} is {found}, outside [0, {end}); {cure}"),
+        lambda at, found: f"{name}{at} is {found}, outside [0, {end}); {cure}",
     )
 
 
@@ -140,7 +155,7 @@ def twice(name: str, ids: Tensor, cure: str, *, there: Tensor) -> Wrong:
     return Wrong(
         ordered[..., 1:] == ordered[..., :-1],
         ordered[..., 1:],
-        lambda at, found: ValueError(f"{name}{at[:-1]} hold {found} twice; {cure}"),
+        lambda at, found: f"{name}{at[:-1]} hold {found} twice; {cure}",
     )
 
 
@@ -150,7 +165,7 @@ def few_choices(there: Tensor) -> Wrong:
     return Wrong(
         number < 2,
         number,
-        lambda at, found: ValueError(
+        lambda at, found: (
             f"question {at} has {found} of the two choices that it needs at least; leave it out"
         ),
     )
@@ -162,7 +177,7 @@ def no_probability(probabilities: Tensor, there: Tensor) -> Wrong:
     return Wrong(
         there & ~((probabilities >= 0) & (probabilities <= most)),
         probabilities,
-        lambda at, found: ValueError(
+        lambda at, found: (
             f"probabilities{at} is {found:g}, which is no probability in [0, 1]; take the softmax of logits"
         ),
     )
@@ -180,20 +195,18 @@ def no_candidates(there: Tensor, counts: Tensor) -> Wrong:
     return Wrong(
         nothing,
         nothing,
-        lambda at, _: ValueError(
+        lambda at, _: (
             f"token {at} has no candidate, all its log-probabilities are -inf; leave out a token without a teacher "
             "(distillation_loss does where the first id is ignore_index)"
         ),
     )
 
 
-def _no_log_probs(at: list[int], mass: float) -> ValueError:
-    what = {torch.inf: "hold +inf"}.get(
-        mass, f"have the logsumexp {mass:.3g}, and no probabilities sum to more than 1"
-    )
-    if math.isnan(mass):
-        what = "hold NaN"
-    return ValueError(
+def _no_log_probs(at: list[int], mass: float) -> str:
+    what = f"have the logsumexp {mass:.3g}, and no probabilities sum to more than 1"
+    if not math.isfinite(mass):
+        what = "hold NaN" if math.isnan(mass) else "hold +inf"
+    return (
         f"the log-probabilities of token {at} {what}; pass those over the vocabulary in nats (logits less their "
         "logsumexp), -inf for no candidate"
     )

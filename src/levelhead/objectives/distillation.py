@@ -18,6 +18,7 @@ from .checks import (
     no_log_probs,
     outside,
     refuse,
+    refuse_outside,
     twice,
 )
 
@@ -184,6 +185,7 @@ class Distillation:
         Raises:
             TypeError: as :func:`distillation_loss`.
             ValueError: as :func:`distillation_loss`.
+            IndexError: as :func:`distillation_loss`.
         """
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
@@ -207,9 +209,11 @@ def _losses(
     teacher = teacher.where(counts[..., None], 0)
     there = counts[..., None] & (teacher != -torch.inf)
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
+    teacher = refuse_outside(
+        teacher, outside("teacher_ids", ids, len(linear_weight), _PAD, there=there)
+    )
     teacher = refuse(
         teacher,
-        outside("teacher_ids", ids, len(linear_weight), _PAD, there=there),
         twice("teacher_ids", ids, _PAD, there=there),
         no_candidates(there, counts),
         no_log_probs(teacher, counts),

@@ -113,7 +113,7 @@ def _ascending(log_probs: Tensor) -> Wrong:
     return Wrong(
         log_probs[..., 1:] > log_probs[..., :-1],
         log_probs[..., 1:],
-        lambda at, found: ValueError(
+        lambda at, found: (
             f"the log-probabilities of token {at[:-1]} are not descending, {found:.3g} follows a smaller one; sort "
             "them with their ids"
         ),
