@@ -90,13 +90,19 @@ WRONG = [
     ((1, 2), "ids", -100, IndexError, "teacher_ids[1, 2] is -100, outside [0, 11)"),
     (1, "ids", 4, ValueError, "teacher_ids[1] hold 4 twice; give each candidate once"),
     ((1, 2), "log_probs", NAN, ValueError, "the log-probabilities of token [1] hold NaN"),
-    ((1, 2), "log_probs", INF, ValueError, "the log-probabilities of token [1] hold +inf"),
+    (
+        (1, 2),
+        "log_probs",
+        INF,
+        ValueError,
+        "the log-probabilities of token [1] are of probabilities that sum to inf",
+    ),
     (
         (1, 2),
         "log_probs",
         0.5,
         ValueError,
-        "and no probabilities sum to more than 1; pass those over",
+        "token [1] are of probabilities that sum to 2",
     ),
     (
         1,

@@ -61,8 +61,8 @@ def test_smoothing_takes_no_candidate_away() -> None:
     ("at", "value", "text"),
     [
         ((1, 1), NAN, "the log-probabilities of token [1] hold NaN"),
-        ((1, 0), INF, "the log-probabilities of token [1] hold +inf"),
-        ((1, 0), 0.8, "the log-probabilities of token [1] have the logsumexp 0.8"),
+        ((1, 0), INF, "the log-probabilities of token [1] are of probabilities that sum to inf"),
+        ((1, 0), 0.8, "the log-probabilities of token [1] are of probabilities that sum to 2.24"),
     ],
 )
 def test_what_are_no_log_probabilities_are_refused(

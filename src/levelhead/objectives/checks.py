@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..ops import checks
 
-# How much a logsumexp of log-probabilities may exceed 0. bfloat16 rounds them by some 0.03; what is none, a logit or a
-# probability, exceeds it by far.
-_ROUNDING = 0.1
+# What probabilities may sum to: bfloat16 rounds their logarithms by some 0.03. Logits, or probabilities that are taken
+# for their logarithms, exceed it by far.
+_MOST = 1.1
 
 
 class Wrong(NamedTuple):
@@ -147,14 +147,13 @@ def outside(name: str, ids: Tensor, end: int, cure: str, *, there: Tensor | bool
     )
 
 
-def twice(name: str, ids: Tensor, cure: str, *, there: Tensor) -> Wrong:
-    """Rows of ids (..., K) in which one that is there stands twice."""
-    # What is not there gets an id of its own, or two of them would be the same.
-    own = -torch.ones_like(ids).cumsum(-1)
-    ordered = ids.where(there, own).sort(-1).values
+def twice(name: str, ids: Tensor, cure: str) -> Wrong:
+    """Rows of ids (..., K) in which one stands twice; a negative one stands for none."""
+    ordered = ids.sort(-1).values
+    one, next_one = ordered[..., :-1], ordered[..., 1:]
     return Wrong(
-        ordered[..., 1:] == ordered[..., :-1],
-        ordered[..., 1:],
+        (one == next_one) & (one >= 0),
+        one,
         lambda at, found: f"{name}{at[:-1]} hold {found} twice; {cure}",
     )
 
@@ -185,8 +184,8 @@ def no_probability(probabilities: Tensor, there: Tensor) -> Wrong:
 
 def no_log_probs(log_probs: Tensor, counts: Tensor | bool = True) -> Wrong:
     """Tokens (...) that count and whose log-probabilities (..., k) are NaN or of a sum above 1."""
-    mass = log_probs.logsumexp(-1)
-    return Wrong(counts & ~(mass < _ROUNDING), mass, _no_log_probs)
+    total = log_probs.exp().sum(-1)
+    return Wrong(counts & ~(total < _MOST), total, _no_log_probs)
 
 
 def no_candidates(there: Tensor, counts: Tensor) -> Wrong:
@@ -202,10 +201,8 @@ def no_candidates(there: Tensor, counts: Tensor) -> Wrong:
     )
 
 
-def _no_log_probs(at: list[int], mass: float) -> str:
-    what = f"have the logsumexp {mass:.3g}, and no probabilities sum to more than 1"
-    if not math.isfinite(mass):
-        what = "hold NaN" if math.isnan(mass) else "hold +inf"
+def _no_log_probs(at: list[int], total: float) -> str:
+    what = "hold NaN" if math.isnan(total) else f"are of probabilities that sum to {total:.3g}"
     return (
         f"the log-probabilities of token {at} {what}; pass those over the vocabulary in nats (logits less their "
         "logsumexp), -inf for no candidate"

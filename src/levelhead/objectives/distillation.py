@@ -206,15 +206,16 @@ def _losses(
     input, linear_weight, linear_bias, softcap, logit_scale, impl = head  # noqa: A001
     # Tokens that count nowhere may hold NaN: they become a student that agrees with its teacher.
     teacher = teacher_log_probs.detach().to(statistics_dtype(input.dtype))
-    teacher = teacher.where(counts[..., None], 0)
-    there = counts[..., None] & (teacher != -torch.inf)
+    row = counts[..., None]
+    teacher = teacher.where(row, 0)
+    there = row & (teacher != -torch.inf)
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
     teacher = refuse_outside(
         teacher, outside("teacher_ids", ids, len(linear_weight), _PAD, there=there)
     )
     teacher = refuse(
         teacher,
-        twice("teacher_ids", ids, _PAD, there=there),
+        twice("teacher_ids", ids, _PAD),
         no_candidates(there, counts),
         no_log_probs(teacher, counts),
     )
@@ -222,7 +223,7 @@ def _losses(
     picked, logsumexp = pick(input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
     if logsumexp is not None:
         logsumexp = logsumexp.where(counts, 0)
-    picked = picked.where(counts[..., None], 0)
+    picked = picked.where(row, 0)
     picked = picked.masked_fill(teacher == -torch.inf, -torch.inf)  # no candidate is in no sum
     return _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
 

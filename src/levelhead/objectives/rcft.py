@@ -173,7 +173,7 @@ def _sound(
         outside("choices", choices, entries, _NO_CHOICE, there=there),
         outside("answer_position", answer_position, tokens, _POSITION),
     )
-    return refuse(sound, twice("choices", choices, "each letter is another token", there=there))
+    return refuse(sound, twice("choices", choices, "each letter is another token"))
 
 
 @torch.no_grad()
