@@ -21,6 +21,7 @@ def dense(problem: Problem, ids: Tensor, log_probs: Tensor, normalisation: str) 
         if top[0] == -100:
             losses.append(0 * z.nan_to_num().sum())
             continue
+        top, teacher = top[teacher > 0], teacher[teacher > 0]  # the rest are no candidates
         student = z.softmax(0)[top]
         if normalisation == "renormalised":
             student = student / student.sum()
@@ -37,7 +38,7 @@ def dense(problem: Problem, ids: Tensor, log_probs: Tensor, normalisation: str) 
 
 @st.composite
 def teachers(draw: st.DrawFn, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Top-k ids and log-probabilities, some of them 0, with or without a rest of the vocabulary."""
+    """Top-k ids and log-probabilities, some of them padded, with or without a rest of the vocabulary."""
     n, v = problem.input.shape[0], len(problem.linear_weight)
     k = draw(st.integers(1, min(v, 5)))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -47,7 +48,10 @@ def teachers(draw: st.DrawFn, problem: Problem) -> tuple[Tensor, Tensor]:
     z = sharpness * torch.randn(n, v if draw(st.booleans()) else k, generator=random).double()
     log_probs = z.log_softmax(1)[:, :k].clone()
     if draw(st.booleans()) and k > 1:
-        log_probs[:, -1] = -torch.inf
+        none = torch.rand(n, k, generator=random) < 0.5
+        none[:, draw(st.integers(0, k - 1))] = False
+        log_probs[none] = -torch.inf
+        ids[none] = draw(st.sampled_from([0, v - 1, v, v + 7, -1]))
     if k == v:  # or it would have mass where there is nothing, and the loss be infinite
         log_probs = log_probs.log_softmax(1)
     if draw(st.booleans()):
@@ -78,7 +82,10 @@ def test_value_and_gradient_equal_the_dense_formula(
     if normalisation == "other" and ids.shape[1] < len(problem.linear_weight):
         # 1 - sum is known to some 1e-16, and its logarithm to that over what is left: not below 1e-4 here.
         tolerance = 1e-9
-        inside = problem.logits().softmax(1).gather(1, ids.clamp(min=0)).sum(1).detach()
+        inside = (
+            problem.logits().softmax(1).gather(1, ids.clamp(0, problem.linear_weight.shape[0] - 1))
+        )
+        inside = inside.where(log_probs > -torch.inf, 0).sum(1).detach()
         resolved = inside < 1 - 1e-4
         actual, expected = actual.where(resolved, 0), expected.where(resolved, 0)
     assert_equal(actual, expected, tolerance)

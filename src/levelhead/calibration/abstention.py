@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .order import ascending
-from .predictions import as_scores
+from .predictions import as_number, as_scores
 
 
 class Payoff(NamedTuple):
@@ -48,7 +48,7 @@ def abstention_threshold(score: Any, correct: Any, *, wrong: float = 1.0) -> flo
         The threshold: -inf, one of the scores, or +inf.
 
     Raises:
-        TypeError: As `auroc`.
+        TypeError: As `auroc`, or `wrong` is no number.
         ValueError: As `auroc`, a score is infinite, or `wrong` is negative or not finite.
 
     Example:
@@ -62,7 +62,7 @@ def abstention_threshold(score: Any, correct: Any, *, wrong: float = 1.0) -> flo
         Plaut, Nguyen, Trinh. Probabilities of chat LLMs are miscalibrated but still predict
         correctness on multiple-choice Q&A. TMLR 2025, arXiv 2402.13213, section on abstention.
     """
-    score, correct = _checked(score, correct, wrong)
+    score, correct, wrong = _checked(score, correct, wrong)
     right_left = int(torch.count_nonzero(correct))
     wrong_left = len(correct) - right_left
     best, threshold = right_left - wrong * wrong_left, -math.inf
@@ -91,14 +91,15 @@ def payoff(score: Any, correct: Any, threshold: float, *, wrong: float = 1.0) ->
         The mean over all questions, abstentions included, and how many those are.
 
     Raises:
-        TypeError: As `auroc`.
+        TypeError: As `abstention_threshold`, or the threshold is no number.
         ValueError: As `abstention_threshold`, or the threshold is NaN.
 
     Example:
         >>> payoff([0.9, 0.8, 0.6, 0.4], [True, False, True, False], 0.5, wrong=2)
         Payoff(points=0.0, abstained=0.25)
     """
-    score, correct = _checked(score, correct, wrong)
+    score, correct, wrong = _checked(score, correct, wrong)
+    threshold = as_number("threshold", threshold)
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan; -inf answers all, +inf none")
     answered = score >= threshold
@@ -107,7 +108,8 @@ def payoff(score: Any, correct: Any, threshold: float, *, wrong: float = 1.0) ->
     return Payoff((right - wrong * misses) / len(score), 1 - (right + misses) / len(score))
 
 
-def _checked(score: Any, correct: Any, wrong: float) -> tuple[Tensor, Tensor]:
+def _checked(score: Any, correct: Any, wrong: float) -> tuple[Tensor, Tensor, float]:
+    wrong = as_number("wrong", wrong)
     if not (math.isfinite(wrong) and wrong >= 0):
         raise ValueError(
             f"wrong must be a finite number of points, at least 0, got {wrong}; "
@@ -116,4 +118,4 @@ def _checked(score: Any, correct: Any, wrong: float) -> tuple[Tensor, Tensor]:
     score, correct = as_scores(score, correct)
     if not all(map(math.isfinite, map(float, score.aminmax()))):
         raise ValueError("score holds infinities, which no threshold divides; pass finite scores")
-    return score, correct
+    return score, correct, wrong

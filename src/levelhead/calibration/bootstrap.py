@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from .binned import Binning, bin_edges
-from .predictions import as_predictions, as_scores, as_tensor, check_choice
+from .predictions import (
+    as_number,
+    as_predictions,
+    as_scores,
+    as_tensor,
+    check_choice,
+    check_int,
+)
 from .ranking import rank
 from .resampling import deal, draw, resampled_metrics, sum_blocks
 from .smooth import smooth_error
@@ -102,16 +109,16 @@ def summarise(
         left out of the interval.
 
     Raises:
-        TypeError: As `reliability`, or `resamples` is not an int.
-        ValueError: As `reliability`, a metric is unknown, `cluster` has another length, or an option is
-            out of range.
+        TypeError: As `reliability`, or an option has the wrong type.
+        ValueError: As `reliability`, a metric is unknown, `cluster` has another length or holds NaN, or
+            an option is out of range.
 
     Example:
         >>> found = summarise([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1], metrics=["accuracy", "gap"])
         >>> found["accuracy"]
         Interval(estimate=0.75, low=0.25, high=1.0)
     """
-    _check_options(metrics, resamples, confidence_level)
+    confidence_level = _check_options(metrics, resamples, confidence_level, seed)
     sample = _sample(confidence, correct, cluster, metrics, bins, binning)
     estimates = _estimates(sample, metrics)
     resampled = _resample(sample, estimates, resamples, seed)
@@ -164,7 +171,7 @@ def compare(
         >>> round(change["gap"].estimate, 3)
         -0.667
     """
-    _check_options(metrics, resamples, confidence_level)
+    confidence_level = _check_options(metrics, resamples, confidence_level, seed)
     if cluster is not None and not paired:
         raise ValueError("cluster names the rows of both runs: pass paired=True, or leave it out")
     for name, run in (("first", first), ("second", second)):
@@ -223,6 +230,10 @@ def _sample(
         raise ValueError(
             f"cluster has {len(cluster)} entries for {len(score)} rows; pass one a row"
         )
+    if bool(cluster.isnan().any()):  # NaN is not equal to itself: each would be a cluster
+        raise ValueError(
+            f"cluster holds NaN in {int(cluster.isnan().sum())} of {len(cluster)} rows; number all clusters"
+        )
     distinct, unit = cluster.unique(return_inverse=True)
     return _Sample(score, correct, unit, len(distinct), edges)
 
@@ -275,12 +286,16 @@ def _interval(estimate: float, resampled: Tensor | None, level: float) -> Interv
     return Interval(estimate, low, high)
 
 
-def _check_options(metrics: Sequence[str], resamples: int, level: float) -> None:
+def _check_options(metrics: Sequence[str], resamples: int, level: float, seed: int) -> float:
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+        raise TypeError(f"metrics must be a list of names, got {metrics!r}; pass METRICS for all")
     for name in metrics:
         check_choice("metric", name, METRICS)
-    if not isinstance(resamples, int) or isinstance(resamples, bool):
-        raise TypeError(f"resamples must be an int, got {resamples!r}; pass a number such as 1000")
+    check_int("resamples", resamples, 1000)
+    check_int("seed", seed, 0)
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}; pass one such as 1000")
+    level = as_number("confidence_level", level)
     if not 0 < level < 1:
         raise ValueError(f"confidence_level must be in (0, 1), got {level}; pass 0.95 for 95 %")
+    return level

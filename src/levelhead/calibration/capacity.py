@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .bounds import margin_in_ball, max_probability, min_entropy
+from .predictions import as_number, check_dense
 
 _CHUNK = 2**24  # entries of the head that are copied at a time: 64 MiB in float32
 
@@ -64,7 +65,12 @@ class HeadGeometry:
 
         Returns:
             The bound (ball), in nats.
+
+        Raises:
+            TypeError: `hidden_norm` is no number.
+            ValueError: It is negative or NaN.
         """
+        hidden_norm = _norm(hidden_norm)
         return self.centred_spectral_norm * hidden_norm + float(self.row_bias.norm())
 
     def margin(self, hidden_norm: float) -> float:
@@ -75,7 +81,12 @@ class HeadGeometry:
 
         Returns:
             The tighter of (rows) and (ball), in nats.
+
+        Raises:
+            TypeError: `hidden_norm` is no number.
+            ValueError: It is negative or NaN.
         """
+        hidden_norm = _norm(hidden_norm)
         rows = float((self.row_norm * hidden_norm + self.row_bias).max())
         rows *= self.vocab_size / (self.vocab_size - 1)
         return min(rows, margin_in_ball(self.radius(hidden_norm), self.vocab_size))
@@ -88,7 +99,14 @@ class HeadGeometry:
 
         Returns:
             The norm; inf if none is enough.
+
+        Raises:
+            TypeError: `margin` is no number.
+            ValueError: It is NaN.
         """
+        margin = as_number("margin", margin)
+        if math.isnan(margin):
+            raise ValueError("margin must be a number of nats, got nan")
         share = (self.vocab_size - 1) / self.vocab_size
         rows = margin * share - self.row_bias
         by_rows = torch.where(rows > 0, rows / self.row_norm, 0.0).min().item()
@@ -118,7 +136,7 @@ def head_geometry(
         What bounds its logits, on the CPU.
 
     Raises:
-        TypeError: A tensor is not of a floating dtype.
+        TypeError: What is given is no dense tensor that holds values, or not of a floating dtype.
         ValueError: Shapes do not fit, or a value is NaN or infinite.
 
     Example:
@@ -170,13 +188,14 @@ def smoothed_margin(vocab_size: int, label_smoothing: float) -> float:
         and 0 for eps = 1.
 
     Raises:
-        ValueError: V is below 2, or eps outside [0, 1].
+        TypeError: V or eps is no number.
+        ValueError: V is below 2 or not whole, or eps outside [0, 1].
 
     Example:
         >>> round(smoothed_margin(128256, 0.1), 3)
         13.959
     """
-    _check_smoothing(vocab_size, label_smoothing)
+    label_smoothing = _check_smoothing(vocab_size, label_smoothing)
     if label_smoothing == 0:
         return math.inf
     return math.log1p(vocab_size * (1 - label_smoothing) / label_smoothing)
@@ -193,13 +212,14 @@ def smoothed_loss_floor(vocab_size: int, label_smoothing: float) -> float:
         In nats, from 0 for eps = 0 to log(V) for eps = 1.
 
     Raises:
-        ValueError: V is below 2, or eps outside [0, 1].
+        TypeError: V or eps is no number.
+        ValueError: V is below 2 or not whole, or eps outside [0, 1].
 
     Example:
         >>> round(smoothed_loss_floor(128256, 0.1), 3)
         1.501
     """
-    _check_smoothing(vocab_size, label_smoothing)
+    label_smoothing = _check_smoothing(vocab_size, label_smoothing)
     share = label_smoothing / vocab_size
     top = 1 - label_smoothing + share
     rest = -(vocab_size - 1) * share * math.log(share) if share else 0.0
@@ -276,6 +296,7 @@ def head_capacity(
         The bounds, and what smoothing asks.
 
     Raises:
+        TypeError: An option is no number.
         ValueError: An option lies outside its range.
 
     References:
@@ -287,9 +308,9 @@ def head_capacity(
         >>> capacity.reachable, round(capacity.margin, 2), round(capacity.smoothed_margin, 2)
         (False, 6.0, 9.11)
     """
-    _check_positive("logit_scale", logit_scale)
-    if softcap is not None:
-        _check_positive("softcap", softcap)
+    logit_scale = _positive("logit_scale", logit_scale)
+    softcap = None if softcap is None else _positive("softcap", softcap)
+    hidden_norm = as_number("hidden_norm", hidden_norm)
     if not 0 <= hidden_norm < math.inf:
         raise ValueError(f"hidden_norm must be a finite number from 0 on, got {hidden_norm}")
     vocab_size = geometry.vocab_size
@@ -336,16 +357,24 @@ def hidden_norms(norms: Tensor) -> HiddenNorms:
     """Sums up the norms of hidden states, (...).
 
     Raises:
-        ValueError: There is none, or one is NaN or infinite.
+        TypeError: `norms` is no dense tensor that holds values.
+        ValueError: There is none, or one is negative, NaN or infinite.
 
     Example:
         >>> import torch
         >>> hidden_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]).norm(dim=1)).max
         5.0
     """
+    check_dense("norms", norms)
+    if norms.is_complex():
+        raise TypeError(f"norms must hold real numbers, got {norms.dtype}")
     ascending = norms.detach().double().flatten().sort().values
     if not len(ascending) or not ascending[-1].isfinite():  # NaN sorts last
         raise ValueError("hidden states must be one at least and finite; these are not")
+    if ascending[0] < 0:
+        raise ValueError(
+            f"a norm is at least 0, got {ascending[0]:g}; pass norms, not hidden states"
+        )
     ranks = {share: round(share * (len(ascending) - 1)) for share in (0.05, 0.5, 0.95, 0.99)}
     return HiddenNorms(
         count=len(ascending),
@@ -360,6 +389,9 @@ def _root_of_largest(gram: Tensor) -> float:
 
 
 def _check_head(weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> None:
+    for name, tensor in {"linear_weight": weight, "linear_bias": bias, "gain": gain}.items():
+        if tensor is not None or name == "linear_weight":
+            check_dense(name, tensor)
     shape = tuple(weight.shape)
     if weight.ndim != 2 or shape[0] < 2 or shape[1] < 1:
         raise ValueError(f"linear_weight must be (V, D) with V >= 2 and D >= 1, got {shape}")
@@ -377,15 +409,27 @@ def _check_head(weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Non
             )
 
 
-def _check_smoothing(vocab_size: int, label_smoothing: float) -> None:
-    if vocab_size < 2:
-        raise ValueError(f"vocab_size must be 2 at least, got {vocab_size}")
+def _check_smoothing(vocab_size: int, label_smoothing: float) -> float:
+    size = as_number("vocab_size", vocab_size)
+    if not size.is_integer() or size < 2:
+        raise ValueError(f"vocab_size must be a whole number, 2 at least, got {vocab_size}")
+    label_smoothing = as_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(
             f"label_smoothing must lie in [0, 1], got {label_smoothing}; a common choice is 0.1"
         )
+    return label_smoothing
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+def _positive(name: str, value: float) -> float:
+    number = as_number(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value}")
+    return number
+
+
+def _norm(hidden_norm: float) -> float:
+    number = as_number("hidden_norm", hidden_norm)
+    if not number >= 0:
+        raise ValueError(f"hidden_norm must be a number from 0 on, got {hidden_norm}")
+    return number

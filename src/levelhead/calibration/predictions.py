@@ -49,10 +49,55 @@ def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, valid))}")
 
 
+def as_number(name: str, value: Any) -> float:
+    """The number that an option holds, which may be a tensor or an array of one."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} is a constant here, and requires a gradient; pass {name}.item()")
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_int(name: str, value: object, such_as: int) -> None:
+    """Refuse what is no whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}; pass a number such as {such_as}")
+
+
+def check_dense(name: str, values: object) -> None:
+    """Refuse what is no tensor, or none whose values can be read one by one."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    kinds = {
+        "nested": values.is_nested,
+        "sparse": values.layout is not torch.strided,
+        "quantised": values.is_quantized,
+        "meta": values.is_meta,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise TypeError(f"{name} is a {kind} tensor; pass a dense one that holds its values")
+
+
 def as_tensor(name: str, values: Any) -> Tensor:
-    """A detached tensor on the CPU, of the caller's dtype where it has one."""
+    """A detached tensor of real numbers on the CPU, of the caller's dtype where it has one."""
+    tensor = _as_tensor(name, values)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    return tensor
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
     if isinstance(values, Tensor):
+        check_dense(name, values)
         return values.detach().cpu()
+    if hasattr(values, "compressed"):  # numpy.ma, whose __array__ forgets the mask
+        raise TypeError(
+            f"{name} is a masked array; leave out what is masked in all that goes with it, and pass arrays"
+        )
     try:
         if hasattr(values, "__array__"):  # numpy, pandas, pyarrow, polars
             array = values.__array__()
@@ -78,6 +123,8 @@ def as_classes(name: str, values: Tensor, target: Any) -> Tensor:
             f"{name} must have shape (N, C) and target (N,), none of them empty, got "
             f"{tuple(values.shape)} and {tuple(classes.shape)}"
         )
+    if classes.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch does not compare
+        classes = classes.double()
     _check_values(
         "target",
         classes,
@@ -96,8 +143,6 @@ def _as_columns(name: str, values: Any, correct: Any) -> tuple[Tensor, Tensor]:
         )
     if values.numel() == 0:
         raise ValueError(f"no predictions: {name} and correct are empty; pass at least one of each")
-    if values.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     values, correct = values.flatten().contiguous(), correct.flatten()
     if correct.dtype is not torch.bool:
         _check_values(

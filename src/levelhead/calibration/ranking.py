@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .order import Ties, ascending
-from .predictions import as_scores
+from .predictions import as_scores, check_int
 
 _EXACT = 8  # scipy's bound on the smaller group
 _EXACT_PAIRS = 10**6
@@ -148,7 +148,7 @@ def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> Ris
         everywhere, if all are wrong 1.
 
     Raises:
-        TypeError: As `auroc`.
+        TypeError: As `auroc`, or `points` is not an int.
         ValueError: As `auroc`, or `points` is below 1.
 
     Example:
@@ -163,6 +163,8 @@ def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> Ris
         ICLR 2019.
     """
     score, correct = as_scores(score, correct)
+    if points is not None:
+        check_int("points", points, 1000)
     if points is not None and points < 1:
         raise ValueError(f"points must be at least 1, got {points}; leave it out to keep all")
     total, area = len(score), 0.0

@@ -124,8 +124,11 @@ class ReliabilityTable:
             A new table; neither of the two changes.
 
         Raises:
+            TypeError: `other` is no table.
             ValueError: The edges differ.
         """
+        if not isinstance(other, ReliabilityTable):
+            raise TypeError(f"a table merges with a ReliabilityTable, got {type(other).__name__}")
         if not torch.equal(self.edges, other.edges):
             raise ValueError(
                 f"tables merge over the same edges, got {_span(self.edges)} and "
@@ -185,9 +188,11 @@ class ReliabilityTable:
         """Murphy's decomposition of the Brier score over these bins; see `brier_decomposition`.
 
         Returns:
-            The four terms; of an empty table the last two are NaN.
+            The four terms; all NaN if the table is empty.
         """
         total = self.pooled()
+        if not int(total.count):
+            return BrierDecomposition(math.nan, math.nan, math.nan, math.nan)
         base = total.accuracy
         weight = self.count.double() / total.count
         reliability = (weight * self.gap.square()).nansum()

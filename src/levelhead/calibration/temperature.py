@@ -106,9 +106,10 @@ def _slope(logits: Tensor, target: Tensor, inverse: float) -> tuple[float, float
 
 def _checked(logits: Any, target: Any) -> tuple[Tensor, Tensor]:
     logits = as_tensor("logits", logits)
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        logits = logits.double()  # of which there is a negative, and all operators that follow
     if logits.dim() == 1:
-        target = as_tensor("target", target)
-        logits, target = torch.stack([-logits / 2, logits / 2], 1), target
+        logits = torch.stack([-logits / 2, logits / 2], 1)
     target = as_classes("logits", logits, target)
     if bool((logits.isnan() | (logits == math.inf)).any()):
         raise ValueError(

@@ -23,6 +23,19 @@ import torch
 from torch import Tensor
 
 from ..calibration import reliability
+from ..calibration.predictions import as_tensor
+from ..ops.statistics import statistics_dtype
+from .checks import (
+    Wrong,
+    check_choices,
+    check_floats,
+    check_integers,
+    check_shape,
+    few_choices,
+    no_probability,
+    refuse,
+    which_choices,
+)
 
 # Of gamma, which puts the runner-up at tanh(log 3) = 0.8 where no answer of the bin was right, and higher elsewhere.
 _LOG3 = math.log(3)
@@ -50,13 +63,16 @@ def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
     Args:
         picked: logits of the letters, (..., C): `LogitStats.picked` at the position that predicts the answer.
         choices: vocabulary ids of the letters, (..., C), integer; negative where a question has
-            fewer choices than others.
+            fewer choices than others, which may then hold any logit.
 
     Returns:
-        (..., C), in [0, 1], 0 where there is no choice; dtype of `picked`. Differentiable.
+        (..., C), in [0, 1], 0 where there is no choice; dtype of `picked`. Differentiable. NaN where a
+        logit of the question is NaN or +inf, or all are -inf.
 
     Raises:
-        ValueError: the shapes differ, or there is room for fewer than two choices.
+        TypeError: `picked` is not floating point, or `choices` not integer.
+        ValueError: shapes or devices differ, or a question has fewer than two choices. Values on an
+            accelerator, or in a compiled graph, are not looked at; there such a question gets NaN.
 
     References:
         Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
@@ -66,13 +82,21 @@ def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
         >>> choice_probabilities(torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[65, 66, -1]]))
         tensor([[0.5000, 0.5000, 0.0000]])
     """
+    check_floats(picked=picked)
+    check_integers(choices=choices)
     if picked.shape != choices.shape:
         raise ValueError(
             f"picked and choices must have the same shape, got {tuple(picked.shape)} and "
             f"{tuple(choices.shape)}; pass one logit for each letter of each question"
         )
-    _check_choices(picked)
-    return picked.masked_fill(choices < 0, -torch.inf).softmax(-1)
+    if picked.device != choices.device:
+        raise ValueError(
+            f"picked is on {picked.device} but choices is on {choices.device}; move one"
+        )
+    check_choices(picked)
+    there = choices >= 0
+    nothing = picked.new_full(there.shape, -torch.inf)
+    return picked.where(there, refuse(nothing, few_choices(there))).softmax(-1)
 
 
 def confidence_bins(
@@ -86,15 +110,16 @@ def confidence_bins(
         probabilities: of all training questions, (N, C), in [0, 1].
         target: index of the right choice, (N,), integer in [0, C).
         bins: number of bins of [0, 1].
-        valid: which choices there are, (N, C), bool; None: all of them.
+        valid: which choices there are, (N, C), bool; None: all of them. Where there is none,
+            `probabilities` may hold anything.
 
     Returns:
         BinCounts, (N,), on the device of `probabilities`.
 
     Raises:
-        TypeError: as `levelhead.calibration.reliability`.
-        ValueError: shapes do not go together, there is no question, a probability is outside [0, 1] or
-            NaN, or a target is not one of the choices.
+        TypeError: as `levelhead.calibration.reliability`, or what is given is no tensor or of another dtype.
+        ValueError: shapes do not go together, there is no question, one has fewer than two choices, a
+            probability is outside [0, 1] or NaN, or a target is not one of the choices.
 
     References:
         Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
@@ -105,9 +130,9 @@ def confidence_bins(
         >>> confidence_bins(p, torch.tensor([0, 1, 1]))
         BinCounts(right=tensor([1, 1, 1]), size=tensor([2, 2, 1]))
     """
-    _check_questions(probabilities, target, valid)
-    confidence, answer = probabilities.max(-1)
-    counts = _of_bins(confidence, answer == target, bins)
+    p, answer, there = _questions(probabilities, target, valid)
+    confidence, said = p.masked_fill(~there, -1).max(-1)
+    counts = _of_bins(confidence, said == answer, bins)
     return BinCounts(*(column.to(probabilities.device) for column in counts))
 
 
@@ -143,14 +168,13 @@ def classwise_bins(
                 [1, 1]]), size=tensor([[2, 2],
                 [2, 2]]))
     """
-    _check_questions(probabilities, target, valid)
-    right = torch.zeros(probabilities.shape, dtype=torch.int64)
+    p, answer, there = _questions(probabilities, target, valid)
+    right = torch.zeros(p.shape, dtype=torch.int64)
     size = torch.zeros_like(right)
-    for choice in range(probabilities.shape[1]):
-        there = slice(None) if valid is None else valid[:, choice].cpu()
-        p, chosen = probabilities[:, choice].cpu()[there], (target == choice).cpu()[there]
-        if len(p):
-            right[there, choice], size[there, choice] = _of_bins(p, chosen, bins)
+    for choice, rows in enumerate(there.unbind(1)):
+        if rows.any():
+            counts = _of_bins(p[rows, choice], (answer == choice)[rows], bins)
+            right[rows, choice], size[rows, choice] = counts
     return BinCounts(right.to(probabilities.device), size.to(probabilities.device))
 
 
@@ -174,13 +198,18 @@ def rank_preserving_target(
     Args:
         probabilities: (..., C), in [0, 1].
         accuracy: of the bin of each question, (...), in [0, 1].
-        valid: which choices there are, (..., C), bool; None: all of them. Where there is none: 0.
+        valid: which choices there are, (..., C), bool; None: all of them. Where there is none,
+            `probabilities` may hold anything.
 
     Returns:
-        (..., C), in [0, 1], sums to 1; dtype of `probabilities`; carries no gradient.
+        (..., C), in [0, 1], sums to 1; 0 where there is no choice; dtype of `probabilities`; carries no
+        gradient.
 
     Raises:
-        ValueError: shapes do not go together, or there is room for fewer than two choices.
+        TypeError: what is given is no tensor, or of another dtype.
+        ValueError: shapes or devices do not go together, a question has fewer than two choices, or a
+            probability or an accuracy is NaN or outside [0, 1]. Values on an accelerator, or in a
+            compiled graph, are not looked at; there they make the targets of their question NaN.
 
     References:
         Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
@@ -190,20 +219,34 @@ def rank_preserving_target(
         >>> rank_preserving_target(torch.tensor([0.9, 0.06, 0.03, 0.01]), torch.tensor(0.6))
         tensor([0.6000, 0.1503, 0.1419, 0.1078])
     """
-    _check_choices(probabilities)
-    _check_shape("accuracy", accuracy, probabilities.shape[:-1])
-    p, accuracy = probabilities.detach(), accuracy.detach()[..., None]
+    there = which_choices(probabilities, valid)
+    check_floats(accuracy=accuracy)
+    check_shape("accuracy", accuracy, probabilities.shape[:-1], probabilities.device)
+    accuracy = accuracy.detach()
+    no_accuracy = Wrong(
+        ~((accuracy >= 0) & (accuracy <= 1)),
+        accuracy,
+        lambda at, found: (
+            f"accuracy{at} is {found:g}, outside [0, 1]; pass the share of right answers of the bin"
+        ),
+    )
+    p = probabilities.detach()
+    checked = refuse(accuracy[..., None], no_accuracy, few_choices(there), no_probability(p, there))
+    return _target(p, checked, there)
+
+
+def _target(p: Tensor, accuracy: Tensor, there: Tensor) -> Tensor:
+    """The target (..., C) of checked questions, given the accuracy (..., 1)."""
     choice = torch.arange(p.shape[-1], device=p.device)
-    first = choice == p.argmax(-1, keepdim=True)
-    others = ~first if valid is None else ~first & valid
+    first = choice == p.masked_fill(~there, -1).argmax(-1, keepdim=True)
+    others = ~first & there
     p_others = p.where(others, 0)
     second, rest = p_others.amax(-1, keepdim=True), 1 - accuracy
     # As shares of the runner-up: gamma itself may overflow, and 0 * inf is not a number.
     shares = p_others / second.where(second > 0, 1)
     bent = torch.tanh(_LOG3 * shares / rest.clamp_min(torch.finfo(rest.dtype).tiny))
     parts = (1 + bent).where(others, 0)
-    # Without others there is nothing to divide by.
-    return accuracy.where(first, rest * parts / parts.sum(-1, keepdim=True).clamp_min(1)).to(p)
+    return accuracy.where(first, rest * parts / parts.sum(-1, keepdim=True)).to(p)
 
 
 def ece_loss(
@@ -217,16 +260,19 @@ def ece_loss(
     has about B / N of it.
 
     Args:
-        probabilities: of the questions of a batch, (B, C).
-        right: from the E-step over the whole training set, (B,).
-        size: the same, (B,).
-        valid: which choices there are, (B, C), bool; None: all of them.
+        probabilities: of the questions of a batch, (B, C), in [0, 1].
+        right: from the E-step over the whole training set, (B,), integer in [0, size].
+        size: the same, (B,), integer, at least 1.
+        valid: which choices there are, (B, C), bool; None: all of them. Where there is none,
+            `probabilities` may hold anything.
 
     Returns:
         (B,), at least 0; dtype of `probabilities`, in which it is differentiable.
 
     Raises:
-        ValueError: shapes do not go together, or there is room for fewer than two choices.
+        TypeError: as `rank_preserving_target`.
+        ValueError: as `rank_preserving_target`, or no bin has these numbers of questions. Where
+            values are not looked at, the loss of the question is NaN.
 
     References:
         Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
@@ -237,10 +283,17 @@ def ece_loss(
         >>> ece_loss(p, right=torch.tensor([1]), size=torch.tensor([2]))
         tensor([0.1600])
     """
-    _check_shape("right", right, probabilities.shape[:-1])
-    _check_shape("size", size, probabilities.shape[:-1])
-    target = rank_preserving_target(probabilities, _ratio(right, size, probabilities), valid=valid)
-    return (probabilities - target).square().sum(-1) / size
+    there = which_choices(probabilities, valid)
+    _check_counts(right, size, probabilities.shape[:-1], probabilities.device)
+    p = probabilities.to(statistics_dtype(probabilities.dtype)).where(there, 0)
+    accuracy = refuse(
+        (right.to(p.dtype) / size)[..., None],
+        *_no_bins(right, size, least=1),
+        few_choices(there),
+        no_probability(probabilities, there),
+    )
+    losses = (p - _target(p.detach(), accuracy, there)).square().sum(-1) / size
+    return losses.to(probabilities.dtype)
 
 
 def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Tensor:
@@ -249,15 +302,17 @@ def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Te
         loss_i = 1 / C * sum_j 1 / size_ij * (p_ij - right_ij / size_ij)**2
 
     Args:
-        probabilities: of the questions of a batch, (B, C); C is that of the whole training set.
-        right: from `classwise_bins` over the whole training set, (B, C).
-        size: the same, (B, C); 0 where there is no choice, which has no loss.
+        probabilities: of the questions of a batch, (B, C), in [0, 1]; C is that of the whole training set.
+        right: from `classwise_bins` over the whole training set, (B, C), integer in [0, size].
+        size: the same, (B, C), integer; 0 where there is no choice, which has no loss, whatever
+            `probabilities` holds.
 
     Returns:
         (B,), at least 0; dtype of `probabilities`, in which it is differentiable.
 
     Raises:
-        ValueError: shapes do not go together, or there is room for fewer than two choices.
+        TypeError: as `ece_loss`.
+        ValueError: as `ece_loss`.
 
     References:
         Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
@@ -268,63 +323,72 @@ def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Te
         >>> classwise_ece_loss(p, right=torch.tensor([[1, 1]]), size=torch.tensor([[2, 2]]))
         tensor([0.0800])
     """
-    _check_choices(probabilities)
-    _check_shape("right", right, probabilities.shape)
-    _check_shape("size", size, probabilities.shape)
-    squares = (probabilities - _ratio(right, size, probabilities)).square()
-    return (squares / size.clamp_min(1)).where(size > 0, 0).mean(-1)
-
-
-def _ratio(right: Tensor, size: Tensor, like: Tensor) -> Tensor:
-    return right.to(like.dtype) / size.clamp_min(1)
+    which_choices(probabilities, None)
+    _check_counts(right, size, probabilities.shape, probabilities.device)
+    there = (right != 0) | (size != 0)
+    p = probabilities.to(statistics_dtype(probabilities.dtype)).where(there, 0)
+    frequency = refuse(
+        (right.to(p.dtype) / size).where(there, 0),
+        *_no_bins(right, size, least=0),
+        no_probability(probabilities, there),
+    )
+    squares = (p - frequency).square() / size.where(there, 1)
+    return squares.mean(-1).to(probabilities.dtype)
 
 
 def _of_bins(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Right ones in the bin of each of N confidences, and all in it, (N,) int64 on the CPU."""
-    confidence = confidence.detach().cpu().double()
-    # A sum of float32 rounded up is no probability outside [0, 1].
-    confidence = confidence.clamp(max=1)
+    """Right ones in the bin of each of N confidences, and all in it, (N,) int64."""
     table = reliability(confidence, correct, bins=bins)
     index = torch.bucketize(confidence, table.edges[1:-1], right=True)
-    right = (table.accuracy * table.count).nan_to_num().round().long()
-    return right[index], table.count[index]
+    return table.right[index], table.count[index]
 
 
-def _check_choices(values: Tensor) -> None:
-    if values.ndim < 1 or values.shape[-1] < 2:
-        raise ValueError(
-            f"a question needs two choices at least, got shape {tuple(values.shape)}; the last dimension "
-            "holds the choices"
-        )
+def _check_counts(right: Tensor, size: Tensor, shape: torch.Size, device: torch.device) -> None:
+    check_integers(right=right, size=size)
+    check_shape("right", right, shape, device)
+    check_shape("size", size, shape, device)
 
 
-def _check_shape(name: str, values: Tensor, shape: torch.Size) -> None:
-    if values.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)} to go with the probabilities, got "
-            f"{tuple(values.shape)}; pass what the E-step gave for these questions"
-        )
+def _no_bins(right: Tensor, size: Tensor, *, least: int) -> tuple[Wrong, Wrong]:
+    """Bins of fewer than `least` questions, and those with more right answers than questions."""
+    too_small = Wrong(
+        size < least,
+        size,
+        lambda at, found: (
+            f"size{at} is {found}, below {least}; pass what the E-step found for these questions"
+        ),
+    )
+    impossible = Wrong(
+        (right < 0) | (right > size),
+        right,
+        lambda at, found: (
+            f"right{at} is {found}, outside [0, size]; pass what the E-step found for these questions"
+        ),
+    )
+    return too_small, impossible
 
 
-def _check_questions(probabilities: Tensor, target: Tensor, valid: Tensor | None) -> None:
+def _questions(
+    probabilities: Tensor, target: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked questions on the CPU: probabilities (N, C) float64, answers (N,), and which choices there are (N, C)."""
+    there = which_choices(probabilities, valid)
+    check_integers(target=target)
     if probabilities.ndim != 2 or target.shape != probabilities.shape[:1] or not len(target):
         raise ValueError(
             "probabilities must have shape (N, C) and target (N,), of one question at least, got "
             f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
         )
-    _check_choices(probabilities)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"target must hold integers, the index of the right choice, got {target.dtype}"
-        )
-    inside = (target >= 0) & (target < probabilities.shape[1])
-    if valid is not None:
-        _check_shape("valid", valid, probabilities.shape)
-        there = valid.gather(1, target.clamp(0, probabilities.shape[1] - 1).long()[:, None])[:, 0]
-        inside = inside & there
+    p, answer = as_tensor("probabilities", probabilities), as_tensor("target", target).long()
+    there = there.cpu()
+    refuse(p, few_choices(there), no_probability(p, there))
+    inside = (answer >= 0) & (answer < p.shape[1])
+    inside &= there.gather(1, answer.clamp(0, p.shape[1] - 1)[:, None])[:, 0]
     if not bool(inside.all()):
         first = int((~inside).nonzero()[0])
         raise ValueError(
-            f"target is {int(target[first])} for question {first}, which has no such choice; it must be an "
-            f"index from 0 on, below {probabilities.shape[1]}"
+            f"target is {int(answer[first])} for question {first}, which has no such choice; it must be an "
+            f"index from 0 on, below {p.shape[1]}"
         )
+    # A sum of float32 rounded up is no probability outside [0, 1].
+    return p.double().clamp(max=1), answer, there

@@ -6,12 +6,32 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..calibration.predictions import check_choice
 from ..ops import checks, linear_logit_stats
 from ..ops.api import Impl, _autocast
 from ..ops.gather import linear_gather
+from ..ops.statistics import statistics_dtype
+from .checks import (
+    check_floats,
+    check_tensors,
+    no_candidates,
+    no_log_probs,
+    outside,
+    refuse,
+    refuse_outside,
+    twice,
+)
 
 Normalisation = Literal["renormalised", "full", "other"]
 Reduction = Literal["mean", "sum", "batchmean", "none"]
+# linear_weight follows input; then linear_bias, softcap, logit_scale and impl.
+_Head = tuple[Tensor, Tensor, Tensor | None, float | None, float, Impl | None]
+
+_IGNORE_INDEX = -100
+_PAD = (
+    "give each candidate once, pad with the log-probability -inf, and mark a token without a teacher by ignore_index "
+    "as its first id"
+)
 
 # The least probability that 1 - sum resolves, beside a logsumexp of some tens.
 _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -50,15 +70,15 @@ def distillation_loss(
         linear_weight: its output embedding, shape ``(V, D)``; for DTensors see :func:`levelhead.linear_cross_entropy`.
         teacher_ids: distinct ids of the teacher's k largest probabilities, shape ``(..., k)``, integer. A token whose
             first id is ``ignore_index`` counts nowhere, whatever else it holds.
-        teacher_log_probs: their log-probabilities over the whole vocabulary, shape ``(..., k)``; -inf for none. Not
-            differentiated.
+        teacher_log_probs: their log-probabilities over the whole vocabulary, shape ``(..., k)``. Not differentiated.
+            -inf pads: there is no candidate, whatever id stands there. A token that counts has one at least.
         normalisation: ``"renormalised"``, ``"full"`` or ``"other"``.
         linear_bias: shape ``(V,)``.
         softcap: bound of the student's logits, ``> 0``; None for none.
         logit_scale: factor on projection and bias; the inverse of a temperature.
         ignore_index: see ``teacher_ids``.
         reduction: ``"mean"`` over the tokens that count (NaN if none does), ``"sum"``, ``"none"``, or ``"batchmean"``,
-            the sum over the tokens and the mean over the first dimension, as in the paper.
+            the sum over the tokens and the mean over the first dimension (NaN if it is empty), as in the paper.
         impl: see :func:`levelhead.linear_logit_stats`.
 
     Returns:
@@ -66,8 +86,13 @@ def distillation_loss(
         float64 inputs.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together.
-        ValueError: shapes or devices that do not go together; an option out of its range.
+        TypeError: what is no tensor; a dtype that is not supported, or dtypes that do not go together.
+        ValueError: shapes or devices that do not go together; an option out of its range; a token that counts with an
+            id twice, with no candidate, or with log-probabilities that are NaN or of a sum above 1.
+        IndexError: an id of a candidate outside ``[0, V)``.
+
+        What is wrong with ids or log-probabilities raises where no host synchronisation is needed to look at them
+        (eager CPU). Elsewhere it makes the token's loss NaN.
 
     References:
         Shum et al. 2024, https://arxiv.org/abs/2408.12168 (FIRST).
@@ -80,17 +105,19 @@ def distillation_loss(
         >>> distillation_loss(student, weight, top.indices, top.log_probs).shape
         torch.Size([])
     """
-    _check(input, teacher_ids, teacher_log_probs, normalisation, reduction)
+    _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
+    check_choice("normalisation", normalisation, get_args(Normalisation))
+    check_choice("reduction", reduction, get_args(Reduction))
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if reduction == "batchmean" and input.dim() < 2:
+        raise ValueError(
+            "reduction='batchmean' needs a first dimension of tokens, and input of shape "
+            f"{tuple(input.shape)} is one token; use 'sum'"
+        )
+    head = (input, linear_weight, linear_bias, softcap, logit_scale, impl)
     counts = teacher_ids[..., 0] != ignore_index
-    ids = teacher_ids.long().masked_fill(~counts[..., None], -1)  # which picks nothing
-    head = (input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
-    picked, logsumexp = (_picked if normalisation == "renormalised" else _picked_of_all)(*head)
-    if logsumexp is not None:
-        logsumexp = logsumexp.where(counts, 0)
-    # Tokens that count nowhere may hold NaN: they become a student that agrees with its teacher.
-    picked = picked.where(counts[..., None], 0)
-    teacher = teacher_log_probs.detach().to(picked.dtype).where(counts[..., None], 0)
-    losses = _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
+    losses = _losses(head, teacher_ids, teacher_log_probs, counts, normalisation)
     if reduction == "none":
         return losses
     if reduction == "mean":
@@ -126,7 +153,7 @@ class Distillation:
     columns: ClassVar[tuple[str, ...]] = ("teacher_ids", "teacher_log_probs")
 
     def __post_init__(self) -> None:
-        _check_choice("normalisation", self.normalisation, get_args(Normalisation))
+        check_choice("normalisation", self.normalisation, get_args(Normalisation))
 
     def __call__(
         self,
@@ -158,20 +185,47 @@ class Distillation:
         Raises:
             TypeError: as :func:`distillation_loss`.
             ValueError: as :func:`distillation_loss`.
+            IndexError: as :func:`distillation_loss`.
         """
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
-        return distillation_loss(
-            input,
-            linear_weight,
-            teacher_ids.masked_fill((target == -100)[..., None], -100),
-            teacher_log_probs,
-            normalisation=self.normalisation,
-            linear_bias=linear_bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            reduction="none",
-        )
+        _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
+        counts = (teacher_ids[..., 0] != _IGNORE_INDEX) & (target != _IGNORE_INDEX)
+        head = (input, linear_weight, linear_bias, softcap, logit_scale, None)
+        return _losses(head, teacher_ids, teacher_log_probs, counts, self.normalisation)
+
+
+def _losses(
+    head: _Head,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    counts: Tensor,
+    normalisation: Normalisation,
+) -> Tensor:
+    """The loss of each token, (...), 0 where it does not count."""
+    input, linear_weight, linear_bias, softcap, logit_scale, impl = head  # noqa: A001
+    # Tokens that count nowhere may hold NaN: they become a student that agrees with its teacher.
+    teacher = teacher_log_probs.detach().to(statistics_dtype(input.dtype))
+    row = counts[..., None]
+    teacher = teacher.where(row, 0)
+    there = row & (teacher != -torch.inf)
+    ids = teacher_ids.long().where(there, -1)  # which picks nothing
+    teacher = refuse_outside(
+        teacher, outside("teacher_ids", ids, len(linear_weight), _PAD, there=there)
+    )
+    teacher = refuse(
+        teacher,
+        twice("teacher_ids", ids, _PAD),
+        no_candidates(there, counts),
+        no_log_probs(teacher, counts),
+    )
+    pick = _picked if normalisation == "renormalised" else _picked_of_all
+    picked, logsumexp = pick(input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
+    if logsumexp is not None:
+        logsumexp = logsumexp.where(counts, 0)
+    picked = picked.where(row, 0)
+    picked = picked.masked_fill(teacher == -torch.inf, -torch.inf)  # no candidate is in no sum
+    return _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
 
 
 def _picked_of_all(
@@ -210,7 +264,6 @@ def _picked(
         head = (input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
         return _picked_of_all(*head)[0], None
     x = _autocast(input)
-    checks.check_linear(x, linear_weight, linear_bias)
     checks.check_options(softcap, logit_scale, impl, x)
     flat = (x.reshape(-1, x.shape[-1]), linear_weight, ids.reshape(-1, ids.shape[-1]))
     return linear_gather(*flat, linear_bias, softcap, float(logit_scale)).view_as(ids), None
@@ -229,7 +282,7 @@ def _divergence(
         teacher = teacher.log_softmax(-1)
     probability = teacher.exp()
     # 0 log 0 is 0, whatever the student says.
-    return torch.where(probability > 0, probability * (teacher - student), 0).sum(-1)
+    return torch.where(probability != 0, probability * (teacher - student), 0).sum(-1)
 
 
 def _other(picked: Tensor, logsumexp: Tensor) -> Tensor:
@@ -249,19 +302,21 @@ def _other(picked: Tensor, logsumexp: Tensor) -> Tensor:
 
 def _check(
     input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
     teacher_ids: Tensor,
     teacher_log_probs: Tensor,
-    normalisation: str,
-    reduction: str,
 ) -> None:
+    """Refuse types, shapes and devices that do not go together."""
+    check_tensors(input=input, linear_weight=linear_weight, teacher_ids=teacher_ids)
+    check_floats(teacher_log_probs=teacher_log_probs)
+    checks.check_linear(_autocast(input), linear_weight, linear_bias)
     checks.check_ids("teacher_ids", teacher_ids, input, several=True)
     if teacher_ids.dim() != input.dim() or teacher_ids.shape[-1] == 0:
         raise ValueError(
             f"teacher_ids must have shape {tuple(input.shape[:-1])} + (k,) with k >= 1, got "
             f"{tuple(teacher_ids.shape)}"
         )
-    if not teacher_log_probs.is_floating_point():
-        raise TypeError(f"teacher_log_probs must be floating point, got {teacher_log_probs.dtype}")
     if teacher_log_probs.shape != teacher_ids.shape:
         raise ValueError(
             f"teacher_log_probs must have the shape of teacher_ids {tuple(teacher_ids.shape)}, got "
@@ -272,10 +327,3 @@ def _check(
             f"teacher_log_probs is on {teacher_log_probs.device} but input is on {input.device}; "
             "move one"
         )
-    _check_choice("normalisation", normalisation, get_args(Normalisation))
-    _check_choice("reduction", reduction, get_args(Reduction))
-
-
-def _check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, valid))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from ..integrations.loss_call import IGNORE_INDEX
 from ..ops import linear_logit_stats
 from ..ops.loss import token_loss
+from ..ops.statistics import statistics_dtype
 from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss
+from .checks import Wrong, check_integers, check_tensors, outside, refuse, refuse_outside, twice
+
+_NO_CHOICE = "-1 stands for none"
+_POSITION = "it is where the letter is predicted, one before where it stands in input_ids"
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,12 @@ class CalibrationAware:
     )
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.ece_weight < 0 or not 0 <= self.label_smoothing <= 1:
+        in_range = (
+            self.tokens >= 1 and 0 <= self.ece_weight < math.inf and 0 <= self.label_smoothing <= 1
+        )
+        if not in_range:
             raise ValueError(
-                "tokens must be at least 1, ece_weight at least 0 and label_smoothing in [0, 1], got "
+                "tokens must be at least 1, ece_weight finite and at least 0, label_smoothing in [0, 1]; got "
                 f"{self.tokens}, {self.ece_weight} and {self.label_smoothing}"
             )
 
@@ -101,10 +110,14 @@ class CalibrationAware:
             (B, T), nats and, at the answers, the scaled regulariser; float32, or float64 for float64 inputs.
 
         Raises:
-            TypeError: as `levelhead.linear_logit_stats`.
-            ValueError: the same, or what the E-step found does not go with the choices.
+            TypeError: as `levelhead.linear_logit_stats`, or a column is no tensor of integers.
+            ValueError: the same, what the E-step found does not go with the choices, or a question has a choice twice.
+            IndexError: a target or a choice is outside the vocabulary, or an answer outside the tokens. Where values
+                are not looked at (on an accelerator, in a compiled graph) the losses of the row are NaN.
         """
+        sound = _sound(input, linear_weight, target, choices, answer_position)
         there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
+        answer_position = answer_position.clamp(0, target.shape[-1] - 1)
         letters = choices[:, None].where(there[..., None], -1)  # (B, T, C); -1 picks nothing
         stats = linear_logit_stats(
             input,
@@ -123,13 +136,44 @@ class CalibrationAware:
         rows = torch.arange(len(choices), device=input.device)
         picked = stats.picked[rows, answer_position, 1:]
         question = self.tokens * self.ece_weight * self._ece(picked, choices, bin_right, bin_size)
-        return losses + question[:, None].where(there, 0)
+        return sound * (losses + question[:, None].where(there, 0))
 
     def _ece(self, picked: Tensor, choices: Tensor, right: Tensor, size: Tensor) -> Tensor:
         probabilities = choice_probabilities(picked, choices)
         if self.classwise:
             return classwise_ece_loss(probabilities, right, size)
         return ece_loss(probabilities, right, size, valid=choices >= 0)
+
+
+def _sound(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor,
+    choices: Tensor,
+    answer_position: Tensor,
+) -> Tensor:
+    """Refuse columns that do not go with the tokens; return 1 for each row, (B, 1), NaN where nobody can look."""
+    check_tensors(input=input, linear_weight=linear_weight)
+    check_integers(target=target, choices=choices, answer_position=answer_position)
+    if not (
+        target.dim() == choices.dim() == 2
+        and len(target) == len(choices)
+        and answer_position.shape == choices.shape[:1]
+    ):
+        raise ValueError(
+            "target must have shape (B, T), choices (B, C) and answer_position (B,), got "
+            f"{tuple(target.shape)}, {tuple(choices.shape)} and {tuple(answer_position.shape)}"
+        )
+    entries, tokens = len(linear_weight), target.shape[1]
+    counts, there = target != IGNORE_INDEX, choices >= 0
+    sound = torch.ones(len(target), 1, dtype=statistics_dtype(input.dtype), device=target.device)
+    sound = refuse_outside(
+        sound,
+        outside("target", target, entries, "-100 stands for none", there=counts),
+        outside("choices", choices, entries, _NO_CHOICE, there=there),
+        outside("answer_position", answer_position, tokens, _POSITION),
+    )
+    return refuse(sound, twice("choices", choices, "each letter is another token"))
 
 
 @torch.no_grad()
@@ -152,6 +196,8 @@ def choice_logits(
         (N, C) float32, -inf for a choice that is not there; on the device of the batches.
 
     Raises:
+        TypeError: a column is no tensor of integers.
+        IndexError: a question is not one of N, its answer outside the tokens, or a choice outside the vocabulary.
         RuntimeError: a question was in no batch.
     """
     training = model.training
@@ -160,6 +206,12 @@ def choice_logits(
         found: Tensor | None = None
         for batch in batches:
             choices, position = batch["choices"], batch["answer_position"]
+            check_integers(choices=choices, answer_position=position, question=batch["question"])
+            tokens = batch["input_ids"].shape[-1]
+            _refuse_outside(
+                outside("answer_position", position, tokens, _POSITION),
+                outside("question", batch["question"], questions, "number all questions from 0"),
+            )
             # The heads of transformers' models can answer for some positions alone: all of the batch's.
             output = model(
                 input_ids=batch["input_ids"],
@@ -167,11 +219,13 @@ def choice_logits(
                 logits_to_keep=position,
                 use_cache=False,
             )
+            logits, there = output.logits, choices >= 0
+            _refuse_outside(outside("choices", choices, logits.shape[-1], _NO_CHOICE, there=there))
             rows = torch.arange(len(position), device=position.device)
-            picked = output.logits[rows, rows].float().gather(1, choices.clamp_min(0))
+            picked = logits[rows, rows].float().gather(1, choices.clamp_min(0))
             if found is None:
                 found = picked.new_full((questions, choices.shape[1]), -torch.inf)
-            found[batch["question"]] = picked.masked_fill(choices < 0, -torch.inf)
+            found[batch["question"]] = picked.masked_fill(~there, -torch.inf)
     finally:
         model.train(training)
     if found is None:
@@ -185,3 +239,10 @@ def choice_logits(
             f"({int(missing.sum())} such); every question must be in one"
         )
     return found
+
+
+def _refuse_outside(*wrongs: Wrong) -> None:
+    """Refuse numbers out of their range, also on an accelerator: an E-step is long enough to wait for them."""
+    for wrong in wrongs:
+        if message := wrong.first():
+            raise IndexError(message)

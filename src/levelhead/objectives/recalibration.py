@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from ..calibration import calibration_error
+from ..calibration.predictions import as_number, as_tensor, check_choice
+from ..ops.statistics import statistics_dtype
+from .checks import Wrong, check_floats, no_candidates, no_log_probs, refuse
 
 Method = Literal["temperature", "smoothing"]
 
@@ -23,14 +26,16 @@ def scale_probabilities(log_probs: Tensor, temperature: float) -> Tensor:
     and the result sums to one over the k, whatever mass the vocabulary beyond them had.
 
     Args:
-        log_probs: log-probabilities, shape ``(..., k)``; nats.
+        log_probs: log-probabilities, shape ``(..., k)``; nats. -inf pads: what is no candidate stays none.
         temperature: above 0; about 0.2 to 0.3 changes a confident teacher least, a large one makes all k equal.
 
     Returns:
         Log-probabilities, shape ``(..., k)``, in the dtype of ``log_probs``.
 
     Raises:
-        ValueError: ``temperature`` is not above 0.
+        TypeError: ``log_probs`` is no tensor of floating point, or ``temperature`` no number.
+        ValueError: ``temperature`` is not above 0, k is 0, or log-probabilities are NaN or of a sum above 1. On an
+            accelerator, or in a compiled graph, values are not looked at; there the result of the token is NaN.
 
     References:
         Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
@@ -40,9 +45,15 @@ def scale_probabilities(log_probs: Tensor, temperature: float) -> Tensor:
         >>> round(scale_probabilities(probability.log(), 0.3).exp()[0].item(), 3)
         0.823
     """
+    temperature = as_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be a number above 0, got {temperature}")
-    return (log_probs.exp() / temperature).log_softmax(-1)
+    p = _checked(log_probs).exp()
+    none = log_probs == -torch.inf
+    # Below the largest, so that a small temperature overflows to probability 0, and one that rounds to 0 divides.
+    scaled = (p - p.amax(-1, keepdim=True)) / max(temperature, torch.finfo(p.dtype).tiny)
+    scaled = scaled.masked_fill(none, -torch.inf).log_softmax(-1)
+    return scaled.masked_fill(none, -torch.inf).to(log_probs.dtype)
 
 
 def smooth_probabilities(log_probs: Tensor, smoothing: float) -> Tensor:
@@ -51,14 +62,17 @@ def smooth_probabilities(log_probs: Tensor, smoothing: float) -> Tensor:
     Less is moved where the largest would fall below the second: then both are equal.
 
     Args:
-        log_probs: log-probabilities, descending, shape ``(..., k)``; nats.
+        log_probs: log-probabilities, descending, shape ``(..., k)``; nats. -inf pads: what is no candidate stays none.
         smoothing: in [0, 1].
 
     Returns:
-        Log-probabilities, shape ``(..., k)``, in the dtype of ``log_probs``; with k = 1 the same.
+        Log-probabilities, shape ``(..., k)``, in the dtype of ``log_probs``; of one candidate the same.
 
     Raises:
-        ValueError: ``smoothing`` lies outside [0, 1].
+        TypeError: ``log_probs`` is no tensor of floating point, or ``smoothing`` no number.
+        ValueError: ``smoothing`` lies outside [0, 1], k is 0, or log-probabilities are NaN, of a sum above 1 or not
+            descending. On an accelerator, or in a compiled graph, values are not looked at; there the result of the
+            token is NaN.
 
     References:
         Shum et al. 2024, https://arxiv.org/abs/2408.12168, which compares it with the temperature.
@@ -67,14 +81,43 @@ def smooth_probabilities(log_probs: Tensor, smoothing: float) -> Tensor:
         >>> smooth_probabilities(torch.tensor([0.90, 0.06, 0.04]).log(), 0.1).exp()
         tensor([0.8000, 0.1100, 0.0900])
     """
+    smoothing = as_number("smoothing", smoothing)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
-    p = log_probs.exp()
-    others = p.shape[-1] - 1
-    if others == 0:
+    largest, rest = _checked(log_probs, descending=True).tensor_split([1], -1)
+    if not rest.shape[-1]:
         return log_probs
-    moved = (p[..., :1] - p[..., 1:2]).mul(others / (others + 1)).clamp(0, smoothing)
-    return torch.cat([p[..., :1] - moved, p[..., 1:] + moved / others], -1).log()
+    there = rest != -torch.inf
+    others = there.sum(-1, keepdim=True)
+    moved = (largest.exp() - rest[..., :1].exp()) * others / (others + 1)
+    moved = moved.clamp(0, smoothing)
+    # Added as logarithms, or a probability that float32 does not hold would become -inf, no candidate.
+    added = torch.logaddexp(rest, (moved / others.clamp_min(1)).log()).where(there, -torch.inf)
+    left = (largest.exp() - moved).log().where(moved > 0, largest)
+    return torch.cat([left, added], -1).to(log_probs.dtype)
+
+
+def _checked(log_probs: Tensor, *, descending: bool = False) -> Tensor:
+    """Log-probabilities in the dtype to compute in, after all that is refused."""
+    check_floats(log_probs=log_probs)
+    if log_probs.dim() == 0 or log_probs.shape[-1] == 0:
+        raise ValueError(
+            f"log_probs must have shape (..., k) with k >= 1, got {tuple(log_probs.shape)}"
+        )
+    wide = log_probs.to(statistics_dtype(log_probs.dtype))
+    wrongs = [no_log_probs(wide)] + ([_ascending(wide)] if descending else [])
+    return refuse(wide, *wrongs)
+
+
+def _ascending(log_probs: Tensor) -> Wrong:
+    return Wrong(
+        log_probs[..., 1:] > log_probs[..., :-1],
+        log_probs[..., 1:],
+        lambda at, found: (
+            f"the log-probabilities of token {at[:-1]} are not descending, {found:.3g} follows a smaller one; sort "
+            "them with their ids"
+        ),
+    )
 
 
 _METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -96,6 +139,9 @@ class Recalibration:
         ece_after: that of the recalibrated one.
         curve: every value tried, ascending, with its error.
 
+    Raises:
+        ValueError: ``method`` is unknown.
+
     References:
         Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
     """
@@ -108,14 +154,22 @@ class Recalibration:
     ece_after: float
     curve: Sequence[tuple[float, float]]
 
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, get_args(Method))
+
     def __call__(self, log_probs: Tensor) -> Tensor:
         """Recalibrate the k largest log-probabilities of each prediction.
 
         Args:
-            log_probs: log-probabilities, descending, shape ``(..., k)``; nats.
+            log_probs: log-probabilities, descending, shape ``(..., k)``; nats. -inf pads: what is no candidate stays
+                none.
 
         Returns:
             Log-probabilities, descending, shape ``(..., k)``, in the dtype of ``log_probs``.
+
+        Raises:
+            TypeError: as :func:`scale_probabilities`.
+            ValueError: as :func:`scale_probabilities`, or :func:`smooth_probabilities`.
         """
         return _METHODS[self.method](log_probs, self.value)
 
@@ -139,9 +193,9 @@ def recalibrate(
         Recalibration; call it on log-probabilities to apply it.
 
     Raises:
-        TypeError: ``correct`` does not hold numbers.
-        ValueError: shapes do not fit, there is no prediction or k is 1; a value is NaN, or no outcome; ``method`` is
-            unknown.
+        TypeError: ``log_probs`` or ``correct`` does not hold numbers.
+        ValueError: shapes do not fit, there is no prediction or k is 1; log-probabilities are NaN, of a sum above 1,
+            not descending or all -inf; an outcome is none; ``method`` is unknown.
 
     References:
         Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
@@ -151,14 +205,16 @@ def recalibrate(
         >>> recalibrate(log_probs, [True, False]).ece_after < 0.3
         True
     """
-    if method not in get_args(Method):
-        raise ValueError(f"unknown method {method!r}; expected 'temperature' or 'smoothing'")
-    log_probs = torch.as_tensor(log_probs).double()
+    check_choice("method", method, get_args(Method))
+    log_probs = as_tensor("log_probs", log_probs).double()
     if log_probs.dim() != 2 or log_probs.shape[1] < 2:
         raise ValueError(
             f"log_probs must have shape (N, k) with k >= 2, got {tuple(log_probs.shape)}; one "
             "probability alone leaves nothing to move"
         )
+    log_probs = _checked(log_probs, descending=True)
+    there = log_probs > -torch.inf
+    refuse(log_probs, no_candidates(there, torch.ones(len(there), dtype=torch.bool)))
 
     def error(value: float) -> float:
         confidence = _METHODS[method](log_probs, value)[:, 0].exp().clamp(max=1)
@@ -170,7 +226,7 @@ def recalibrate(
     for step in range(max(best - 5, first), min(best + 5, 50) + 1):
         errors.setdefault(step / 50, error(step / 50))
     value = min(errors, key=lambda value: (errors[value], value))
-    right = torch.as_tensor(correct).double()
+    right = as_tensor("correct", correct).double()
     return Recalibration(
         method=method,
         value=value,

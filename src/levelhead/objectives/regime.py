@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..calibration import calibration_error, reliability
+from ..calibration.predictions import as_number
 
 _NORMAL = 1.959963984540054  # quantile of 0.975
 
@@ -113,7 +114,7 @@ def calibration_regime(
         Regime.
 
     Raises:
-        TypeError: as `levelhead.calibration.reliability`.
+        TypeError: as `levelhead.calibration.reliability`, or `critical_accuracy` is no number.
         ValueError: the same, or `critical_accuracy` is outside [0, 1].
 
     References:
@@ -124,6 +125,8 @@ def calibration_regime(
         >>> regime.regime, regime.method, round(regime.least_ece, 3)
         ('calibratable', 'cft', 0.3)
     """
+    if critical_accuracy is not None:
+        critical_accuracy = as_number("critical_accuracy", critical_accuracy)
     if critical_accuracy is not None and not 0 <= critical_accuracy <= 1:
         raise ValueError(
             f"critical_accuracy must lie in [0, 1], got {critical_accuracy}; it is the mean largest "

@@ -179,9 +179,19 @@ def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
         )
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Return whether values can be looked at without a host synchronisation: of plain CPU tensors, untraced."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
 def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bool:
     """Refuse targets outside the vocabulary; return False where looking at them would need a host synchronisation."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
+    if not can_look(target):
         return False
     target = unwrapped(target)  # of a batch, the whole
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
