@@ -118,6 +118,15 @@ def test_the_gradient_is_taken_in_the_forward_pass_when_compiled_too(
     assert calls == ["linear_cross_entropy"]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_that_is_compiled_too(reduction: str) -> None:
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        actual = _step(levelhead.linear_cross_entropy, 9, reduction=reduction)
+    torch.testing.assert_close(
+        actual, _step(levelhead.linear_cross_entropy, 9, reduction=reduction)
+    )
+
+
 _COLD = """
 import sys, torch, levelhead
 import torch.nn.functional as F

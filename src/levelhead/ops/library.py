@@ -154,19 +154,20 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, linear_weight, picks, linear_bias, ctx.softcap, ctx.logit_scale, ctx.impl, _ = inputs
     stats = LogitStats(*output)
+    # Kept, because torch.library changes it for the time of a backward, and two may run at once.
+    ctx.mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     logsumexp, picked, mean, expected, _, _ = grad_outputs
     gradients = differentiable_stats_backward(
         logsumexp, picked, mean, expected, *ctx.saved_tensors,
-        ctx.softcap, ctx.logit_scale, mask, ctx.impl,
+        ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
     )  # fmt: skip
-    dx, dw, db = _none_where_not_needed(gradients, mask)
+    dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
     return dx, dw, None, db, *(None,) * 4
 
 
@@ -186,28 +187,26 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, target, linear_bias, token_weight, label_smoothing, *options = inputs
-    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, _ = options
+    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, _ = inputs[6:]
     _, logsumexp, *gradients = output
     ctx.mark_non_differentiable(logsumexp, *gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
-    ctx.gradients = gradients
-    ctx.save_for_backward(
-        input, linear_weight, target, linear_bias, token_weight, label_smoothing, logsumexp
-    )
+    # The gradients are saved like the rest: a checkpoint then drops those of its first forward.
+    ctx.save_for_backward(*inputs[:6], logsumexp, *gradients)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 12
-    # Before anything is scaled in place, which selective checkpointing watches for when it hands them out.
-    input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
-    if ctx.gradients is None or torch.is_grad_enabled() or transformed() or _is_batch(grad_loss):
-        gradients = _recomputed_gradients(ctx, grad_loss)
+    # Read once: a checkpoint hands them out once in a backward.
+    *saved, dx, dw, db = ctx.saved_tensors
+    input, linear_weight, _, linear_bias, *_ = saved
+    stored: tuple[Tensor, ...] = (dx, dw, db)
+    if torch.is_grad_enabled() or transformed() or _is_batch(grad_loss) or not _claim(stored):
+        gradients = _recomputed_gradients(ctx, grad_loss, *saved)
     else:
-        gradients = tuple(_scaled(gradient, grad_loss) for gradient in ctx.gradients)
-        ctx.gradients = None
+        gradients = tuple(_scaled(gradient, grad_loss) for gradient in stored)
     dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
     return (
         None if dx is None else dx.to(input.dtype),
@@ -221,14 +220,39 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
 linear_cross_entropy.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
-def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
+def _recomputed_gradients(
+    ctx: Any,
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    token_weight: Tensor,
+    label_smoothing: Tensor | None,
+    logsumexp: Tensor,
+) -> tuple[Tensor, ...]:
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
-    input, linear_weight, target, linear_bias, token_weight, eps, logsumexp = ctx.saved_tensors
-    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, eps, ctx.z_loss)
+    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, label_smoothing, ctx.z_loss)
     return differentiable_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
         logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
     )  # fmt: skip
+
+
+def _claim(gradients: tuple[Tensor, ...]) -> bool:
+    """Return whether these stored gradients are this backward's to overwrite: the first one to ask gets them.
+
+    The claim stands on the memory: hooks on saved tensors may hand out the same memory as new tensors, which is spent,
+    or a copy or what a checkpoint has recomputed, which is not. Two backward passes may ask at once, and `setdefault`
+    is atomic.
+    """
+    if not all(map(_is_overwritten, gradients)):
+        return True
+    claim = object()
+    return all(
+        vars(gradient.untyped_storage()).setdefault("_levelhead_claim", claim) is claim
+        for gradient in gradients
+    )
 
 
 def _is_batch(gradient: Tensor) -> bool:
@@ -237,12 +261,20 @@ def _is_batch(gradient: Tensor) -> bool:
     return not compiling and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
+def _is_overwritten(gradient: Tensor) -> bool:
+    """Return whether a stored gradient is scaled in place; a compiler fuses the product, and reuses what it may."""
+    return not torch.compiler.is_compiling() and type(gradient) is Tensor
+
+
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Return a stored gradient times the upstream gradient (), rounded once; in place where that is possible."""
     # A 0-dim factor would be rounded to a narrow gradient's dtype first; shape (1,) lifts the product to float32.
     factor = factor.reshape(1)
-    if type(gradient) is not Tensor:  # traced: the compiler fuses this, and reuses what it may
+    if not _is_overwritten(gradient):
         return (gradient * factor).to(gradient.dtype)
+    # A tensor of its own on the same memory: autograd may then keep it as the `grad` of a parameter, and does not take
+    # the stored one for changed, which a second backward unpacks but does not use.
+    gradient = gradient.data
     if gradient.dtype == factor.dtype:
         return gradient.mul_(factor)
     for start in range(0, len(gradient), _SCALED_ROWS):

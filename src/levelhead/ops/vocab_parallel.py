@@ -145,13 +145,14 @@ class _VocabParallelLogitStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         logsumexp, picked, mean, expected, _, _ = grad_outputs
-        input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: a checkpoint hands them out once in a backward
+        input, linear_weight, _, linear_bias, *_ = saved
         mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         if len(linear_weight):
             # The operator divides by its own rows what is due to an entry of the whole vocabulary.
             mean = None if mean is None else mean * ctx.share
             dx, dw, db = library.linear_logit_stats_backward(
-                logsumexp, picked, mean, expected, *ctx.saved_tensors,
+                logsumexp, picked, mean, expected, *saved,
                 ctx.softcap, ctx.logit_scale, mask, ctx.impl,
             )  # fmt: skip
         else:
