@@ -114,6 +114,13 @@ def test_without_grad_there_is_the_same_loss(results):
         assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_inference_mode_there_is_the_same_loss(results, reduction):
+    truth = worker.problem(label_smoothing=0.1, reduction=reduction).dense()
+    for loss in outcome(results, f"inference, {reduction}"):
+        assert_equal(loss, truth, ROUNDING)
+
+
 def test_a_graph_is_used_twice_and_gradients_add_up(results):
     whole = worker.problem(label_smoothing=0.1)
     truth = [2 * g for g in torch.autograd.grad(whole.dense(), whole.parameters)]

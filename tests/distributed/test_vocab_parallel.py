@@ -154,6 +154,18 @@ def test_without_grad_there_is_the_same_loss_and_no_graph(results):
         assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
 
 
+def test_in_inference_mode_there_is_the_same_loss(results):
+    for loss in outcome(results, "inference"):
+        assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
+
+
+def test_in_a_checkpoint_the_graph_may_be_used_for_each_gradient(results):
+    whole = worker.problem(label_smoothing=0.1)
+    truth = torch.autograd.grad(whole.dense(), whole.parameters)
+    for found in outcome(results, "checkpointed"):
+        assert_equal(found, list(truth), ROUNDING)
+
+
 def test_a_graph_is_used_twice_and_gradients_add_up(results):
     whole = worker.problem(label_smoothing=0.1)
     truth = [2 * g for g in torch.autograd.grad(whole.dense(), whole.parameters)]

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import levelhead
 from levelhead.ops import chunked
@@ -38,9 +39,11 @@ def problem(n: int = 9, d: int = 5, v: int = V, *, bias: bool = True, **options:
 
 
 def ignored_nan() -> Problem:
-    whole = problem(label_smoothing=0.1)
+    smoothing = torch.full((9,), 0.1, dtype=torch.float64)
+    whole = problem(label_smoothing=smoothing, token_weight=weights())
     with torch.no_grad():
-        whole.input[1] = torch.nan
+        for tensor in (whole.input, smoothing, whole.token_weight):
+            tensor[1] = torch.nan
     return whole
 
 
@@ -69,6 +72,7 @@ LOSSES: dict[str, Callable[[], Problem]] = {
     "one token": lambda: problem(n=1, label_smoothing=0.1),
     "all tokens ignored, sum": lambda: nothing_counts("sum"),
     "all tokens ignored, mean": lambda: nothing_counts("mean"),
+    "all tokens ignored by weight, mean": lambda: problem(token_weight=0 * weights()),
     "a rank without rows": lambda: problem(v=5, label_smoothing=0.1, z_loss=0.01),
     "a vocabulary of one": lambda: problem(v=1, label_smoothing=0.1),
     "reference": lambda: problem(label_smoothing=0.1, softcap=2.0, impl="reference"),
@@ -208,6 +212,20 @@ def learned() -> list[Tensor]:
 def no_grad() -> Tensor:
     with torch.no_grad():
         return sharded(problem(label_smoothing=0.1)).fused()
+
+
+def inference() -> Tensor:
+    part = sharded(problem(label_smoothing=0.1))
+    with torch.inference_mode():
+        return part.fused()
+
+
+def checkpointed() -> list[Tensor]:
+    """In a checkpoint, whose saved tensors can be read once in a backward; the graph is used for each gradient."""
+    part = sharded(problem(label_smoothing=0.1))
+    loss = checkpoint(part.fused, use_reentrant=False)
+    found = [torch.autograd.grad(loss, [p], retain_graph=True)[0] for p in part.parameters]
+    return [full(g) for g in found]
 
 
 def accumulated() -> list[Tensor]:
@@ -478,6 +496,8 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "frozen bias": lambda: frozen("linear_bias"),
     "learned": learned,
     "no grad": no_grad,
+    "inference": inference,
+    "checkpointed": checkpointed,
     "accumulated": accumulated,
     "replicated input": replicated_input,
     "two dimensions": two_dimensions,

@@ -89,6 +89,13 @@ def linear_cross_entropy(
         >>> weight.grad.shape
         torch.Size([32, 8])
     """
+    checks.check_tensors(
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        token_weight=token_weight,
+    )
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("target", target, input, several=False)
@@ -105,20 +112,24 @@ def linear_cross_entropy(
     x, ids = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     counts = ids != ignore_index
     weight = _token_weight(token_weight, counts, statistics_dtype(input.dtype))
+    if reduction == "mean":
+        total = weight.sum()
+        nothing = total == 0
+        weight = weight / total.masked_fill(nothing, torch.inf)
     if not in_range:  # nobody has looked: where the target is no id at all, the loss is NaN
-        outside = counts & ((ids < 0) | (ids >= linear_weight.shape[0]))
-        weight = weight.masked_fill(outside, torch.nan)
-    smoothing = _smoothing(label_smoothing, weight)
+        valid = ids.where(
+            counts, 0
+        )  # not two masks and `&`, which DTensors get wrong in inference mode
+        weight = weight.where(valid == valid.clamp(0, linear_weight.shape[0] - 1), torch.nan)
+    smoothing = _smoothing(label_smoothing, weight, counts)
     model = (softcap, float(logit_scale))
 
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
     fused_gradient = any(needed) and not any(exotic) and not sharded and not library.transformed()
     if reduction != "none" and fused_gradient:
-        total = weight.sum()
-        if reduction == "mean":
-            weight = torch.where(counts, weight / total, 0)
-        fused: tuple[Tensor, ...] = library.linear_cross_entropy(
+        loss: Tensor
+        loss, *_ = library.linear_cross_entropy(
             x,
             linear_weight,
             ids,
@@ -131,16 +142,20 @@ def linear_cross_entropy(
             impl,
             library.VERSION,
         )
-        # The mean of nothing is NaN, as in torch, and its gradient zero.
-        return fused[0] if reduction == "sum" else fused[0].masked_fill(total == 0, torch.nan)
+    else:
+        stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, *model, impl)
+        # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
+        logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
+        losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
+        if reduction == "none":
+            return losses.reshape(target.shape)
+        loss = losses.sum()
+    # The mean of nothing is NaN, as in torch, and its gradient zero.
+    return loss.masked_fill(nothing, torch.nan) if reduction == "mean" else loss
 
-    stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, *model, impl)
-    # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
-    logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
-    losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
-    if reduction == "none":
-        return losses.reshape(target.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / weight.sum()
+
+# A graph of torch.fx.symbolic_trace, which knows no values, holds the call of the module below as it is.
+torch.fx.wrap("linear_cross_entropy")
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -287,6 +302,9 @@ def linear_logit_stats(
         >>> confidence.shape, stats.picked.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 3]))
     """
+    checks.check_tensors(
+        input=input, linear_weight=linear_weight, picks=picks, linear_bias=linear_bias
+    )
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("picks", picks, input, several=True)
@@ -356,9 +374,9 @@ def _token_weight(token_weight: Tensor | None, counts: Tensor, dtype: torch.dtyp
     return token_weight.reshape(-1).to(dtype).where(counts, 0)
 
 
-def _smoothing(label_smoothing: float | Tensor, weight: Tensor) -> Tensor | None:
-    """Return each token's smoothing (N,), None for none."""
+def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) -> Tensor | None:
+    """Return each token's smoothing (N,), 0 where ignored; None for none."""
     if not isinstance(label_smoothing, Tensor):
         # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
         return torch.ones_like(weight) * label_smoothing if label_smoothing else None
-    return label_smoothing.to(weight).reshape(-1).expand_as(weight)
+    return label_smoothing.to(weight).reshape(-1).expand_as(weight).where(counts, 0)

@@ -2,15 +2,51 @@
 
 import importlib.util
 import math
+import numbers
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_tensors(**named: Any) -> None:
+    """Refuse, by name, what is no dense tensor; and torch.jit.trace."""
+    for name, tensor in named.items():
+        if tensor is None and name in ("linear_bias", "token_weight"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r:.60}; {_cure(tensor)}")
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name} must have one shape for all sequences, got a nested tensor; give the tokens of all sequences "
+                f"in one row, as {name}.values() of a jagged one has them, or pad with "
+                "torch.nested.to_padded_tensor, and target with ignore_index"
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "levelhead cannot be recorded by torch.jit.trace, which knows no argument that is a list of bool; use "
+            "torch.export.export or torch.compile"
+        )
+
+
+def _cure(value: Any) -> str:
+    if isinstance(value, torch.fx.Proxy):
+        return (
+            'so that torch.fx.symbolic_trace does not look inside, name the function: torch.fx.wrap("linear_cross_'
+            'entropy") beside `from levelhead import linear_cross_entropy`; or use torch.export.export'
+        )
+    if hasattr(value, "__array__"):
+        return "use torch.from_numpy"
+    return "use torch.tensor" if isinstance(value, list | tuple) else "give a tensor"
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -96,10 +132,24 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def _check_number(name: str, value: object, without: str) -> None:
+    """Refuse what is no real number; ``without``: what to give for no such thing."""
+    if type(value) in (float, int):
+        return
+    if isinstance(value, bool) or not isinstance(
+        value, numbers.Real | torch.SymInt | torch.SymFloat
+    ):
+        cure = f"use float({value!r})" if isinstance(value, str) else f"{without} is none"
+        raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
+
+
 def check_options(
     softcap: float | None, logit_scale: float, impl: str | None, input: Tensor
 ) -> None:
     """Refuse options out of their range."""
+    if softcap is not None:
+        _check_number("softcap", softcap, "None")
+    _check_number("logit_scale", logit_scale, "1.0")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if not 0 < logit_scale < math.inf:
@@ -134,18 +184,27 @@ def check_loss_options(
     label_smoothing: float | Tensor, reduction: str, z_loss: float, target: Tensor
 ) -> None:
     """Refuse options of the loss out of their range."""
+    if not isinstance(reduction, str):
+        raise TypeError(
+            f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}; 'none' is a loss for each token"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
+    _check_number("z_loss", z_loss, "0.0")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be a number >= 0, got {z_loss}")
-    if isinstance(label_smoothing, Tensor):
-        if label_smoothing.dim() and label_smoothing.shape != target.shape:
-            raise ValueError(
-                f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
-                f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
-            )
-    elif not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not isinstance(label_smoothing, Tensor):
+        _check_number("label_smoothing", label_smoothing, "0.0")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        return
+    if label_smoothing.dtype not in _FLOATS:
+        raise TypeError(f"label_smoothing must be floating point, got {label_smoothing.dtype}")
+    if label_smoothing.dim() and label_smoothing.shape != target.shape:
+        raise ValueError(
+            f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
+            f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
+        )
 
 
 def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
@@ -181,7 +240,9 @@ def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
 
 def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bool:
     """Refuse targets outside the vocabulary; return False where looking at them would need a host synchronisation."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
+    if type(ignore_index) is not int:
+        _check_integer("ignore_index", ignore_index)
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or not _has_values(target):
         return False
     target = unwrapped(target)  # of a batch, the whole
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
@@ -192,3 +253,22 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bo
             f"ignore_index = {ignore_index}; {int(outside.sum())} of {target.numel()} targets are"
         )
     return True
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(
+            f"{name} must be an integer, got {value!r}; where every target counts, any that is no id, such as -100"
+        )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor's values can be read: not those of a DTensor, nor while make_fx records."""
+    plain = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    return plain and torch._C._get_dispatch_mode(_PROXY) is None and not is_recorded_early()
+
+
+def is_recorded_early() -> bool:
+    """Return whether make_fx(pre_dispatch=True) records."""
+    mode = torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)  # type: ignore[no-untyped-call]
+    return mode is not None

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from . import checks, flops, vmap
@@ -258,7 +259,7 @@ def _claim(gradients: tuple[Tensor, ...]) -> bool:
 def _is_batch(gradient: Tensor) -> bool:
     """Return whether an upstream gradient is a batch of them, of torch.autograd.grad(is_grads_batched=True)."""
     compiling = torch.compiler.is_compiling()  # which would stumble over the question
-    return not compiling and torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return not compiling and functorch.is_legacy_batchedtensor(gradient)
 
 
 def _is_overwritten(gradient: Tensor) -> bool:
@@ -287,8 +288,27 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Return whether torch.func (grad, vjp, vmap, ...) or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Return whether torch.func (grad, vjp, vmap, ...) or forward-mode differentiation is under way.
+
+    Not torch.func.functionalize, which has nothing to do: the operators change none of their arguments.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():  # which would stumble over the questions below
+        return True
+    functionalize = functorch.TransformType.Functionalize
+    functional = {level.key() == functionalize for level in functorch.get_interpreter_stack()}
+    if len(functional) > 1:
+        raise RuntimeError(
+            "levelhead does not run under torch.func.functionalize together with another transform of torch.func, for "
+            "which torch has no rule. Leave functionalize out: levelhead's operators change none of their arguments"
+        )
+    if checks.is_recorded_early():
+        raise RuntimeError(
+            "make_fx(pre_dispatch=True) cannot record a transform of torch.func (grad, vmap, ...) around levelhead, "
+            "which is an autograd.Function there. Leave pre_dispatch out"
+        )
+    return functional == {False}
 
 
 def differentiable_stats(*args: Any) -> tuple[Tensor, ...]:
@@ -307,7 +327,7 @@ def differentiable_stats_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
-        "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, jacfwd or "
+        "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, linearize, jacfwd or "
         "hessian, or of torch.autograd.forward_ad) reached linear_cross_entropy or linear_logit_stats. Use reverse "
         "mode (torch.func.grad, vjp, jacrev), or compute the loss with "
         "torch.nn.functional.cross_entropy(input @ linear_weight.T, target) where tangents are needed."
