@@ -23,9 +23,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
     reduction: Reduction = "mean",
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    z_loss: float = 0.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
+    z_loss: float | Tensor = 0.0,
     token_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
@@ -122,12 +122,14 @@ def linear_cross_entropy(
         )  # not two masks and `&`, which DTensors get wrong in inference mode
         weight = weight.where(valid == valid.clamp(0, linear_weight.shape[0] - 1), torch.nan)
     smoothing = _smoothing(label_smoothing, weight, counts)
-    model = (softcap, float(logit_scale))
+    plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
+    z_loss, *model = (_option(value, plain) for value in (z_loss, softcap, logit_scale))
 
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
     fused_gradient = any(needed) and not any(exotic) and not sharded and not library.transformed()
     if reduction != "none" and fused_gradient:
+        options, variables = _variables(z_loss, *model)
         loss: Tensor
         loss, *_ = library.linear_cross_entropy(
             x,
@@ -136,17 +138,18 @@ def linear_cross_entropy(
             linear_bias,
             weight,
             smoothing,
-            float(z_loss),
-            *model,
+            *options,
             needed,
             impl,
+            variables,
             library.VERSION,
         )
     else:
-        stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, *model, impl)
+        stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, model, impl)
         # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
         logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
-        losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
+        z_loss = z_loss.to(weight) if isinstance(z_loss, Tensor) else z_loss
+        losses = weight * token_loss(logsumexp, picked, mean, smoothing, z_loss)
         if reduction == "none":
             return losses.reshape(target.shape)
         loss = losses.sum()
@@ -200,9 +203,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        z_loss: float = 0.0,
+        softcap: float | Tensor | None = None,
+        logit_scale: float | Tensor = 1.0,
+        z_loss: float | Tensor = 0.0,
         impl: Impl | None = None,
     ) -> None:
         super().__init__()
@@ -258,8 +261,8 @@ def linear_logit_stats(
     picks: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     impl: Impl | None = None,
 ) -> LogitStats:
     """Statistics of the logits ``z = softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) / softcap)``.
@@ -317,7 +320,9 @@ def linear_logit_stats(
     n = math.prod(tokens)  # tokens.numel() would be a constant to torch.export
     x = input.reshape(n, input.shape[-1])
     ids = picks.long().reshape(n, per_token)
-    stats = _stats(sharded, x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
+    plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
+    model = [_option(value, plain) for value in (softcap, logit_scale)]
+    stats = _stats(sharded, x, linear_weight, ids, linear_bias, model, impl)
     logsumexp, picked, mean, expected, largest, argmax = stats
     return LogitStats(
         logsumexp.reshape(tokens),
@@ -345,13 +350,68 @@ def _is_sharded(
     return False
 
 
-def _stats(sharded: bool, *args: Any) -> tuple[Tensor, ...]:
+def _stats(
+    sharded: bool,
+    x: Tensor,
+    linear_weight: Tensor,
+    ids: Tensor,
+    linear_bias: Tensor | None,
+    model: list[float | Tensor | None],
+    impl: str | None,
+) -> tuple[Tensor, ...]:
     """Return the statistics (N,) and (N, K) of flat arguments; those of a sharded head are merged over its ranks."""
+    options, variables = _variables(*model)
+    args: Any = (x, linear_weight, ids, linear_bias, *options, impl, variables)
     if sharded:
         from .vocab_parallel import linear_logit_stats as of_shards
 
         return of_shards(*args)
     return library.differentiable_stats(*args)
+
+
+def _option(value: Any, plain: bool) -> Any:
+    """Return softcap, logit_scale or z_loss as a number, as a tensor (), or as None.
+
+    Beside DTensors, ``plain`` is false, a tensor is read: they take no plain one.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return float(value)
+    value = value.detach().reshape(())
+    if checks.is_dtensor(value):
+        value = value.full_tensor()
+    return value if plain else value.item()
+
+
+def _variables(*options: Any) -> tuple[list[float | None], Tensor | None]:
+    """Return the numbers to compile in, and the options in one tensor where one may change from call to call.
+
+    That is a tensor, or a number that the compiler takes for a variable since it saw a second one.
+    """
+    if not any(map(_is_variable, options)):
+        return list(options), None
+    devices = [option.device for option in options if isinstance(option, Tensor)]
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+    one = torch.ones((), device=device, dtype=dtype)
+    variables = torch.stack(
+        [
+            option.to(one)
+            if isinstance(option, Tensor)
+            else one * (1.0 if option is None else option)
+            for option in options
+        ]
+    )
+    return [None if option is None else 1.0 for option in options], variables
+
+
+def _is_variable(option: Any) -> bool:
+    if not torch.compiler.is_compiling() or isinstance(option, Tensor):
+        return isinstance(option, Tensor)
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return option is not None and not has_static_value(option)
 
 
 def _autocast(input: Tensor) -> Tensor:

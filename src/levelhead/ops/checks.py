@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -143,17 +144,53 @@ def _check_number(name: str, value: object, without: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
 
 
+def _numbers(name: str, value: object, without: str, trained: str) -> list[float]:
+    """Return an option's number, if it can be looked at without a host synchronisation; refuse what is none.
+
+    Args:
+        name: of the option.
+        value: a number, or a tensor with one.
+        without: what to give for no such thing.
+        trained: what to do where the option is to be trained.
+    """
+    if not isinstance(value, Tensor):
+        _check_number(name, value, without)
+        return [value]  # type: ignore[list-item]
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a number or a tensor with one, got shape {tuple(value.shape)}"
+        )
+    if value.dtype not in _FLOATS + _INTEGERS:
+        raise TypeError(f"{name} must be a number, got {value.dtype}")
+    if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
+        raise RuntimeError(
+            f"{name} requires a gradient, which levelhead does not compute: it would not be trained. Give "
+            f"{name}.detach() to hold it fixed; to train it, {trained}"
+        )
+    looked_at = value.is_cpu and not torch.compiler.is_compiling() and _has_values(value)
+    found: list[float] = unwrapped(value).flatten().tolist() if looked_at else []
+    return found
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def check_options(
-    softcap: float | None, logit_scale: float, impl: str | None, input: Tensor
+    softcap: float | Tensor | None, logit_scale: float | Tensor, impl: str | None, input: Tensor
 ) -> None:
     """Refuse options out of their range."""
-    if softcap is not None:
-        _check_number("softcap", softcap, "None")
-    _check_number("logit_scale", logit_scale, "1.0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be a positive number, got {logit_scale}")
+    dense = "compute the loss from logits with torch.nn.functional.cross_entropy"
+    caps = [] if softcap is None else _numbers("softcap", softcap, "None", dense)
+    scales = _numbers("logit_scale", logit_scale, "1.0", "multiply input and linear_bias by it")
+    for cap in caps:
+        if not 0 < cap < math.inf:
+            raise ValueError(f"softcap must be a positive number or None, got {cap}")
+    for scale in scales:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"logit_scale must be a positive number, got {scale}")
     if impl not in (None, "chunked", "reference", "triton"):
         raise ValueError(
             f"unknown impl {impl!r}; expected None, 'chunked', 'triton' or 'reference'"
@@ -181,7 +218,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def check_loss_options(
-    label_smoothing: float | Tensor, reduction: str, z_loss: float, target: Tensor
+    label_smoothing: float | Tensor, reduction: str, z_loss: float | Tensor, target: Tensor
 ) -> None:
     """Refuse options of the loss out of their range."""
     if not isinstance(reduction, str):
@@ -190,9 +227,10 @@ def check_loss_options(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
-    _check_number("z_loss", z_loss, "0.0")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be a number >= 0, got {z_loss}")
+    by_hand = "add it times the square of the logsumexp that linear_logit_stats returns"
+    for factor in _numbers("z_loss", z_loss, "0.0", by_hand):
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"z_loss must be a number >= 0, got {factor}")
     if not isinstance(label_smoothing, Tensor):
         _check_number("label_smoothing", label_smoothing, "0.0")
         if not 0 <= label_smoothing <= 1:

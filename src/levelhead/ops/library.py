@@ -52,12 +52,14 @@ def linear_logit_stats(
     softcap: float | None,
     logit_scale: float,
     impl: str | None,
+    variables: Tensor | None = None,  # (2,), in place of softcap and logit_scale
     version: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of LogitStats."""
+    model = _values(variables, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
         stats: LogitStats = implementation(impl, input).linear_logit_stats(
-            input, linear_weight, picks, linear_bias, softcap, logit_scale
+            input, linear_weight, picks, linear_bias, *model
         )
     return stats
 
@@ -90,6 +92,7 @@ def linear_logit_stats_backward(
     logit_scale: float,
     output_mask: list[bool],
     impl: str | None,
+    variables: Tensor | None = None,  # (2,), in place of softcap and logit_scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight and bias, empty where ``output_mask`` is false."""
     gradient = StatsGradient(grad_logsumexp, grad_picked, grad_mean, grad_expected)
@@ -98,10 +101,11 @@ def linear_logit_stats_backward(
         if field is not None:
             keep |= (field != 0) if field.dim() == 1 else (field != 0).any(1)
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
+    model = _values(variables, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
         gradients = implementation(impl, input).linear_logit_stats_backward(
             gradient, keep, input, linear_weight, picks, linear_bias,
-            logsumexp, expected, softcap, logit_scale, dtypes,
+            logsumexp, expected, *model, dtypes,
         )  # fmt: skip
     return _some(gradients, input)
 
@@ -126,6 +130,7 @@ def linear_cross_entropy(
     logit_scale: float,
     output_mask: list[bool],
     impl: str | None,
+    variables: Tensor | None = None,  # (3,), in place of z_loss, softcap and logit_scale
     version: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
@@ -133,10 +138,11 @@ def linear_cross_entropy(
     The gradients of float16 tensors are float32, so that a loss scale still finds what float16 would have lost.
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
+    options = _values(variables, z_loss, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
         loss, logsumexp, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
-            z_loss, softcap, logit_scale, dtypes,
+            *options, dtypes,
         )  # fmt: skip
     return loss, logsumexp, *_some(gradients, input)
 
@@ -153,23 +159,26 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, picks, linear_bias, ctx.softcap, ctx.logit_scale, ctx.impl, _ = inputs
+    input, linear_weight, picks, linear_bias, *options, variables, _ = inputs
+    ctx.softcap, ctx.logit_scale, ctx.impl = options
     stats = LogitStats(*output)
     # Kept, because torch.library changes it for the time of a backward, and two may run at once.
     ctx.mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected)
+    head = input, linear_weight, picks, linear_bias
+    ctx.save_for_backward(*head, stats.logsumexp, stats.expected, variables)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     logsumexp, picked, mean, expected, _, _ = grad_outputs
+    *saved, variables = ctx.saved_tensors
     gradients = differentiable_stats_backward(
-        logsumexp, picked, mean, expected, *ctx.saved_tensors,
-        ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
+        logsumexp, picked, mean, expected, *saved,
+        ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables,
     )  # fmt: skip
     dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
-    return dx, dw, None, db, *(None,) * 4
+    return dx, dw, None, db, *(None,) * 5
 
 
 linear_logit_stats.register_autograd(_stats_backward, setup_context=_save_stats)
@@ -188,18 +197,18 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, _ = inputs[6:]
+    *tensors, ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables, _ = inputs
     _, logsumexp, *gradients = output
     ctx.mark_non_differentiable(logsumexp, *gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
     # The gradients are saved like the rest: a checkpoint then drops those of its first forward.
-    ctx.save_for_backward(*inputs[:6], logsumexp, *gradients)
+    ctx.save_for_backward(*tensors, variables, logsumexp, *gradients)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 12
+        return (None,) * 13
     # Read once: a checkpoint hands them out once in a backward.
     *saved, dx, dw, db = ctx.saved_tensors
     input, linear_weight, _, linear_bias, *_ = saved
@@ -214,7 +223,7 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
         None if dw is None else dw.to(linear_weight.dtype),
         None,
         None if db is None else db.to(linear_bias.dtype),
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
@@ -230,13 +239,16 @@ def _recomputed_gradients(
     linear_bias: Tensor | None,
     token_weight: Tensor,
     label_smoothing: Tensor | None,
+    variables: Tensor | None,
     logsumexp: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
-    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, label_smoothing, ctx.z_loss)
+    z_loss = ctx.z_loss if variables is None else variables[0]
+    model = None if variables is None else variables[1:]
+    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, label_smoothing, z_loss)
     return differentiable_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
-        logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
+        logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, model,
     )  # fmt: skip
 
 
@@ -388,7 +400,15 @@ def _(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
     return vmap.loop(linear_cross_entropy, info.batch_size, in_dims, args)
 
 
-# Shapes and dtypes.
+# Options, shapes and dtypes.
+
+
+def _values(variables: Tensor | None, *options: float | None) -> list[float | None]:
+    """Return the options, or what stands for them in ``variables``, which the host must wait for on an accelerator."""
+    if variables is None:
+        return list(options)
+    values = zip(options, variables.tolist(), strict=True)
+    return [None if option is None else value for option, value in values]
 
 
 def _gradient_dtypes(

@@ -16,25 +16,32 @@ def token_loss(
     picked: Tensor,  # (N,), the target's logit
     mean: Tensor,  # (N,)
     label_smoothing: Tensor | float | None,  # (N,), or one for all
-    z_loss: float,
+    z_loss: Tensor | float,
 ) -> Tensor:
     """Return the loss of each token, shape (N,)."""
     if label_smoothing is None:
         loss = logsumexp - picked
     else:
         loss = logsumexp - (1 - label_smoothing) * picked - label_smoothing * mean
-    return loss + z_loss * logsumexp.square() if z_loss else loss
+    return loss if _is_nothing(z_loss) else loss + z_loss * logsumexp.square()
 
 
 def token_loss_backward(
     token_weight: Tensor,  # (N,), upstream gradient of each token's loss
     logsumexp: Tensor,  # (N,)
     label_smoothing: Tensor | None,  # (N,)
-    z_loss: float,
+    z_loss: Tensor | float,
 ) -> StatsGradient:
     """Return the gradients of the statistics that :func:`token_loss` uses, picked of shape (N, 1)."""
-    of_logsumexp = token_weight * (1 + 2 * z_loss * logsumexp) if z_loss else token_weight
+    of_logsumexp = token_weight
+    if not _is_nothing(z_loss):
+        of_logsumexp = token_weight * (1 + 2 * z_loss * logsumexp)
     if label_smoothing is None:
         return StatsGradient(of_logsumexp, -token_weight[:, None], None, None)
     of_picked = token_weight * (label_smoothing - 1)
     return StatsGradient(of_logsumexp, of_picked[:, None], -token_weight * label_smoothing, None)
+
+
+def _is_nothing(z_loss: Tensor | float) -> bool:
+    """Return whether there is no z-loss; a tensor's value is not looked at."""
+    return not isinstance(z_loss, Tensor) and z_loss == 0
