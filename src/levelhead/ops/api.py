@@ -136,8 +136,11 @@ def linear_cross_entropy(
 
     stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, *model, impl)
     # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
-    logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
-    losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
+    logsumexp, picked, mean, _, largest, _ = stats
+    largest, logsumexp, picked, mean = (
+        field.view_as(ids).where(counts, 0) for field in (largest, logsumexp, picked, mean)
+    )
+    losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, float(z_loss))
     if reduction == "none":
         return losses.reshape(target.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / weight.sum()
@@ -253,7 +256,8 @@ def linear_logit_stats(
     in ``logsumexp``, ``picked``, ``mean`` and ``expected``; the backward recomputes the logits tile by tile.
 
     Precision: statistics and products accumulate in float32 (float64 for float64 inputs) whatever the input; each
-    gradient accumulates in float32 and is rounded once to its tensor's dtype.
+    gradient accumulates in float32 and is rounded once to its tensor's dtype. An offset of the logits costs no
+    digits of ``log_probs``, ``entropy`` and ``confidence``.
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
@@ -283,8 +287,7 @@ def linear_logit_stats(
         >>> import torch, levelhead
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(32, 8)
         >>> stats = levelhead.linear_logit_stats(hidden, weight, torch.randint(32, (2, 5, 3)))
-        >>> confidence = (stats.max - stats.logsumexp).exp()
-        >>> confidence.shape, stats.picked.shape
+        >>> stats.confidence.shape, stats.log_probs.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 3]))
     """
     input = _autocast(input)
@@ -300,14 +303,11 @@ def linear_logit_stats(
     x = input.reshape(n, input.shape[-1])
     ids = picks.long().reshape(n, per_token)
     stats = _stats(sharded, x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
-    logsumexp, picked, mean, expected, largest, argmax = stats
+    logsumexp, picked, *others = stats
     return LogitStats(
         logsumexp.reshape(tokens),
         picked.reshape(picks.shape),
-        mean.reshape(tokens),
-        expected.reshape(tokens),
-        largest.reshape(tokens),
-        argmax.reshape(tokens),
+        *(field.reshape(tokens) for field in others),
     )
 
 

@@ -83,8 +83,9 @@ def linear_logit_stats_backward(
     linear_weight: Tensor,  # (V, D)
     picks: Tensor,  # (N, K)
     linear_bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,)
-    expected: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,), relative to the largest logit
+    expected: Tensor,  # (N,), relative to the largest logit
+    largest: Tensor,  # (N,)
     softcap: float | None,
     logit_scale: float,
     output_mask: list[bool],
@@ -100,14 +101,14 @@ def linear_logit_stats_backward(
     with torch.autocast(input.device.type, enabled=False):
         gradients = implementation(impl, input).linear_logit_stats_backward(
             gradient, keep, input, linear_weight, picks, linear_bias,
-            logsumexp, expected, softcap, logit_scale, dtypes,
+            logsumexp, expected, largest, softcap, logit_scale, dtypes,
         )  # fmt: skip
     return _some(gradients, input)
 
 
 @linear_logit_stats_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[12]
+    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[13]
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
     return _empty_gradients(input, linear_weight, dtypes)
 
@@ -126,26 +127,28 @@ def linear_cross_entropy(
     output_mask: list[bool],
     impl: str | None,
     version: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return sum_i token_weight_i * loss_i, two statistics and the gradients of input, weight and bias.
 
+    The statistics are logsumexp relative to max, and max, (N,): what recomputed gradients need.
     The gradients of float16 tensors are float32, so that a loss scale still finds what float16 would have lost.
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     with torch.autocast(input.device.type, enabled=False):
-        loss, logsumexp, gradients = implementation(impl, input).linear_cross_entropy(
+        loss, logsumexp, largest, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
             z_loss, softcap, logit_scale, dtypes,
         )  # fmt: skip
-    return loss, logsumexp, *_some(gradients, input)
+    return loss, logsumexp, largest, *_some(gradients, input)
 
 
 @linear_cross_entropy.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (input, linear_weight, _, linear_bias, token_weight), output_mask = args[:5], args[9]
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     gradients = _empty_gradients(input, linear_weight, dtypes)
-    return token_weight.new_empty(()), token_weight.new_empty(token_weight.shape), *gradients
+    logsumexp, largest = (token_weight.new_empty(token_weight.shape) for _ in range(2))
+    return token_weight.new_empty(()), logsumexp, largest, *gradients
 
 
 # Autograd.
@@ -156,7 +159,8 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     stats = LogitStats(*output)
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected)
+    head = input, linear_weight, picks, linear_bias
+    ctx.save_for_backward(*head, stats.relative_logsumexp, stats.relative_expected, stats.max)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -188,13 +192,13 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, linear_weight, target, linear_bias, token_weight, label_smoothing, *options = inputs
     ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, _ = options
-    _, logsumexp, *gradients = output
-    ctx.mark_non_differentiable(logsumexp, *gradients)
+    _, logsumexp, largest, *gradients = output
+    ctx.mark_non_differentiable(logsumexp, largest, *gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
     ctx.gradients = gradients
     ctx.save_for_backward(
-        input, linear_weight, target, linear_bias, token_weight, label_smoothing, logsumexp
+        input, linear_weight, target, linear_bias, token_weight, label_smoothing, logsumexp, largest
     )
 
 
@@ -223,11 +227,12 @@ linear_cross_entropy.register_autograd(_loss_backward, setup_context=_save_loss)
 
 def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
-    input, linear_weight, target, linear_bias, token_weight, eps, logsumexp = ctx.saved_tensors
-    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, eps, ctx.z_loss)
+    input, linear_weight, target, linear_bias, token_weight, eps, *stats = ctx.saved_tensors
+    logsumexp, largest = stats
+    gradient = token_loss_backward(grad_loss * token_weight, largest, logsumexp, eps, ctx.z_loss)
     return differentiable_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
-        logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
+        logsumexp, logsumexp, largest, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
     )  # fmt: skip
 
 

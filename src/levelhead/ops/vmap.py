@@ -30,10 +30,10 @@ def linear_logit_stats_backward(
     function: Function, size: int, dims: Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], Dims]:
     """Return the gradients of a batch of calls; one for the head, which sums over tokens, is due to each call."""
-    head, output_mask = (dims[5], dims[7]), args[12]
+    head, output_mask = (dims[5], dims[7]), args[13]
     if head != (None, None) or output_mask != [True, False, False]:
         return loop(function, size, dims, args)
-    args, shape = _fold(size, dims, args, (0, 1, 2, 3, 4, 6, 8, 9))
+    args, shape = _fold(size, dims, args, (0, 1, 2, 3, 4, 6, 8, 9, 10))
     dx, *empty = function(*args)
     return (_unfold(dx, shape), *empty), (0, None, None)
 
