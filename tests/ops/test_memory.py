@@ -84,8 +84,8 @@ def test_statistics_and_their_backward(dtype: torch.dtype, budget: int) -> None:
     gradient = StatsGradient(ones, -ones[:, None], None, None)
     with _allocations([x, weight, target, ones, *stats]) as sizes:
         chunked.linear_logit_stats_backward(
-            gradient, ones != 0, x, weight, target[:, None], None, stats.logsumexp,
-            stats.expected, None, 1.0, (dtype, dtype, None),
+            gradient, ones != 0, x, weight, target[:, None], None, stats.relative_logsumexp,
+            stats.relative_expected, stats.max, None, 1.0, (dtype, dtype, None),
         )  # fmt: skip
     # A narrow weight gradient is rounded tile by tile: no float32 copy of it ever exists.
     assert [size for size in sizes if size > budget] == []

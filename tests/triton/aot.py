@@ -295,7 +295,7 @@ def run(kernel: str, dtype: torch.dtype, variant: str) -> None:
         )
     elif kernel == "gradient":
         gradient = StatsGradient(row, row[:, None], row, some)
-        head = (x, weight, target[:, None], bias, row, row, softcap, 1.0)
+        head = (x, weight, target[:, None], bias, row, row, row, softcap, 1.0)
         backward.linear_logit_stats_backward(gradient, row.bool(), *head, of_inputs)
     else:
         forward.linear_logit_stats(x, weight, target[:, None], bias, softcap, 1.0)

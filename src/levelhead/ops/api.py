@@ -147,9 +147,12 @@ def linear_cross_entropy(
     else:
         stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, model, impl)
         # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
-        logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
+        logsumexp, picked, mean, _, largest, _ = stats
+        largest, logsumexp, picked, mean = (
+            field.view_as(ids).where(counts, 0) for field in (largest, logsumexp, picked, mean)
+        )
         z_loss = z_loss.to(weight) if isinstance(z_loss, Tensor) else z_loss
-        losses = weight * token_loss(logsumexp, picked, mean, smoothing, z_loss)
+        losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss)
         if reduction == "none":
             return losses.reshape(target.shape)
         loss = losses.sum()
@@ -271,7 +274,8 @@ def linear_logit_stats(
     in ``logsumexp``, ``picked``, ``mean`` and ``expected``; the backward recomputes the logits tile by tile.
 
     Precision: statistics and products accumulate in float32 (float64 for float64 inputs) whatever the input; each
-    gradient accumulates in float32 and is rounded once to its tensor's dtype.
+    gradient accumulates in float32 and is rounded once to its tensor's dtype. An offset of the logits costs no
+    digits of ``log_probs``, ``entropy`` and ``confidence``.
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
@@ -301,8 +305,7 @@ def linear_logit_stats(
         >>> import torch, levelhead
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(32, 8)
         >>> stats = levelhead.linear_logit_stats(hidden, weight, torch.randint(32, (2, 5, 3)))
-        >>> confidence = (stats.max - stats.logsumexp).exp()
-        >>> confidence.shape, stats.picked.shape
+        >>> stats.confidence.shape, stats.log_probs.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 3]))
     """
     checks.check_tensors(
@@ -323,14 +326,11 @@ def linear_logit_stats(
     plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
     model = [_option(value, plain) for value in (softcap, logit_scale)]
     stats = _stats(sharded, x, linear_weight, ids, linear_bias, model, impl)
-    logsumexp, picked, mean, expected, largest, argmax = stats
+    logsumexp, picked, *others = stats
     return LogitStats(
         logsumexp.reshape(tokens),
         picked.reshape(picks.shape),
-        mean.reshape(tokens),
-        expected.reshape(tokens),
-        largest.reshape(tokens),
-        argmax.reshape(tokens),
+        *(field.reshape(tokens) for field in others),
     )
 
 

@@ -86,8 +86,9 @@ def linear_logit_stats_backward(
     linear_weight: Tensor,  # (V, D)
     picks: Tensor,  # (N, K)
     linear_bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,)
-    expected: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,), relative to the largest logit
+    expected: Tensor,  # (N,), relative to the largest logit
+    largest: Tensor,  # (N,)
     softcap: float | None,
     logit_scale: float,
     output_mask: list[bool],
@@ -105,14 +106,14 @@ def linear_logit_stats_backward(
     with torch.autocast(input.device.type, enabled=False):
         gradients = implementation(impl, input).linear_logit_stats_backward(
             gradient, keep, input, linear_weight, picks, linear_bias,
-            logsumexp, expected, *model, dtypes,
+            logsumexp, expected, largest, *model, dtypes,
         )  # fmt: skip
     return _some(gradients, input)
 
 
 @linear_logit_stats_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[12]
+    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[13]
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
     return _empty_gradients(input, linear_weight, dtypes)
 
@@ -132,27 +133,29 @@ def linear_cross_entropy(
     impl: str | None,
     variables: Tensor | None = None,  # (3,), in place of z_loss, softcap and logit_scale
     version: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return sum_i token_weight_i * loss_i, two statistics and the gradients of input, weight and bias.
 
+    The statistics are logsumexp relative to max, and max, (N,): what recomputed gradients need.
     The gradients of float16 tensors are float32, so that a loss scale still finds what float16 would have lost.
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     options = _values(variables, z_loss, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
-        loss, logsumexp, gradients = implementation(impl, input).linear_cross_entropy(
+        loss, logsumexp, largest, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
             *options, dtypes,
         )  # fmt: skip
-    return loss, logsumexp, *_some(gradients, input)
+    return loss, logsumexp, largest, *_some(gradients, input)
 
 
 @linear_cross_entropy.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (input, linear_weight, _, linear_bias, token_weight), output_mask = args[:5], args[9]
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     gradients = _empty_gradients(input, linear_weight, dtypes)
-    return token_weight.new_empty(()), token_weight.new_empty(token_weight.shape), *gradients
+    logsumexp, largest = (token_weight.new_empty(token_weight.shape) for _ in range(2))
+    return token_weight.new_empty(()), logsumexp, largest, *gradients
 
 
 # Autograd.
@@ -167,7 +170,8 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
     head = input, linear_weight, picks, linear_bias
-    ctx.save_for_backward(*head, stats.logsumexp, stats.expected, variables)
+    saved = stats.relative_logsumexp, stats.relative_expected, stats.max, variables
+    ctx.save_for_backward(*head, *saved)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -198,12 +202,12 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables, _ = inputs
-    _, logsumexp, *gradients = output
-    ctx.mark_non_differentiable(logsumexp, *gradients)
+    _, logsumexp, largest, *gradients = output
+    ctx.mark_non_differentiable(logsumexp, largest, *gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
     # The gradients are saved like the rest: a checkpoint then drops those of its first forward.
-    ctx.save_for_backward(*tensors, variables, logsumexp, *gradients)
+    ctx.save_for_backward(*tensors, variables, logsumexp, largest, *gradients)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -241,14 +245,17 @@ def _recomputed_gradients(
     label_smoothing: Tensor | None,
     variables: Tensor | None,
     logsumexp: Tensor,
+    largest: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
     z_loss = ctx.z_loss if variables is None else variables[0]
     model = None if variables is None else variables[1:]
-    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, label_smoothing, z_loss)
+    gradient = token_loss_backward(
+        grad_loss * token_weight, largest, logsumexp, label_smoothing, z_loss
+    )
     return differentiable_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
-        logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, model,
+        logsumexp, logsumexp, largest, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, model,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks, tile
 from .chunked import _head_tiles, _tile_shape, _view
-from .statistics import statistics_dtype
+from .statistics import anchor, statistics_dtype
 from .sums import slices
 
 
@@ -18,17 +18,23 @@ class TopK(NamedTuple):
     Attributes:
         values: logits, descending, shape ``(..., k)``; nats; float32, or float64 for float64 inputs.
         indices: their ids, the smaller first in a tie, shape ``(..., k)``; int64.
-        logsumexp: ``log sum_v exp z_v`` over the whole vocabulary, shape ``(...)``.
+        relative_logsumexp: ``log sum_v exp(z_v - max)`` over the whole vocabulary, shape ``(...)``; relative to the
+            largest logit, as in :class:`levelhead.LogitStats`.
     """
 
     values: Tensor
     indices: Tensor
-    logsumexp: Tensor
+    relative_logsumexp: Tensor
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """``log sum_v exp z_v`` over the whole vocabulary, shape ``(...)``; nats, in the dtype of ``values``."""
+        return self.values[..., 0] + self.relative_logsumexp
 
     @property
     def log_probs(self) -> Tensor:
         """Log-probabilities over the whole vocabulary, shape ``(..., k)``; nats, in the dtype of ``values``."""
-        return self.values - self.logsumexp[..., None]
+        return (self.values - self.values[..., :1]) - self.relative_logsumexp[..., None]
 
 
 @torch.no_grad()
@@ -91,7 +97,7 @@ def linear_topk(
     return TopK(
         top.values.reshape(*tokens, k),
         top.indices.reshape(*tokens, k),
-        top.logsumexp.reshape(tokens),
+        top.relative_logsumexp.reshape(tokens),
     )
 
 
@@ -111,7 +117,14 @@ def merge_topk(a: TopK, b: TopK, k: int) -> TopK:
     values, indices = _ordered(
         torch.cat([a.values, b.values], -1), torch.cat([a.indices, b.indices], -1)
     )
-    return TopK(values[..., :k], indices[..., :k], torch.logaddexp(a.logsumexp, b.logsumexp))
+    union = TopK(values[..., :k], indices[..., :k], a.relative_logsumexp)
+    parts = (part.relative_logsumexp + (_anchor(part) - _anchor(union)) for part in (a, b))
+    return union._replace(relative_logsumexp=torch.logaddexp(*parts))
+
+
+def _anchor(top: TopK) -> Tensor:
+    """Return what its logsumexp is relative to; 0 for no entry at all, of which it is -inf."""
+    return anchor(top.values[..., :1].sum(-1))
 
 
 def _chunked(
@@ -130,9 +143,8 @@ def _chunked(
         x = input[rows]
         top = _empty(len(x), dtype, x.device)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
-            z = tile.fill_(_view(buffer, x, weight), x, weight, bias, softcap, logit_scale)
-            # Multiplied out before it is compared: two tangents may be the same logit.
-            part = _tile_topk(z if softcap is None else z.mul_(softcap), k, columns.start)
+            t = tile.fill_(_view(buffer, x, weight), x, weight, bias, softcap, logit_scale)
+            part = _tile_topk(tile.logits(t, softcap, out=t), k, columns.start)
             top = merge_topk(top, part, k)
         parts.append(top)
     return TopK(*(torch.cat(field) for field in zip(*parts, strict=True)))
@@ -155,9 +167,7 @@ def _tile_topk(z: Tensor, k: int, first: int) -> TopK:
             found = z[tied].sort(dim=1, descending=True, stable=True)
             values[tied], indices[tied] = (t[:, : kept + 1] for t in found)
     values, indices = _ordered(values[:, :kept], indices[:, :kept] + first)
-    highest = values[:, 0].clamp(min=-1e18)  # where all are masked out, -inf - -inf would be NaN
-    total = tile.exp(z, 1, highest, out=z).sum(1)
-    return TopK(values, indices, highest + total.log())
+    return TopK(values, indices, tile.relative(z, values[:, 0], out=z).exp_().sum(1).log())
 
 
 def _ordered(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def linear_logit_stats_backward(
     function: Function, size: int, dims: Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], Dims]:
     """Return the gradients of a batch of calls; one for the head, which sums over tokens, is due to each call."""
-    per_token, output_mask = (0, 1, 2, 3, 4, 6, 8, 9), args[12]
+    per_token, output_mask = (0, 1, 2, 3, 4, 6, 8, 9, 10), args[13]
     if not _only(per_token, dims) or output_mask != [True, False, False]:
         return loop(function, size, dims, args)
     args, shape = _fold(size, dims, args, per_token)

@@ -142,7 +142,8 @@ class _VocabParallelLogitStats(torch.autograd.Function):
         else:
             own = empty_set(picks, statistics_dtype(input.dtype))
         stats = _merged(own, picks, sizes, group)
-        ctx.save_for_backward(*head, stats.logsumexp, stats.expected, variables)
+        saved = stats.relative_logsumexp, stats.relative_expected, stats.max, variables
+        ctx.save_for_backward(*head, *saved)
         ctx.share, ctx.group = len(linear_weight) / sum(sizes), group
         ctx.softcap, ctx.logit_scale, ctx.impl = softcap, logit_scale, impl
         ctx.mark_non_differentiable(stats.max, stats.argmax)
@@ -190,7 +191,9 @@ def _merged(
     own: LogitStats, picks: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup
 ) -> LogitStats:
     """Return the statistics of all ranks' rows; ``own`` are those of this rank, its ``argmax`` a global id."""
-    numbers = torch.stack([own.logsumexp, own.mean, own.expected, own.max], 1)  # (N, 4)
+    numbers = torch.stack(
+        [own.relative_logsumexp, own.relative_mean, own.relative_expected, own.max], 1
+    )  # (N, 4)
     numbers = _gathered(torch.cat([numbers, own.picked], 1), group)  # (R, N, 4 + K)
     ids = _gathered(torch.cat([own.argmax[:, None], picks], 1), group)  # (R, N, 1 + K)
     logsumexp, mean, expected, largest = numbers[..., :4].unbind(2)
@@ -207,7 +210,7 @@ def _merged(
             "tensor-parallel group must work on the same batch. Give each data-parallel group, not each rank, a batch "
             "of its own. If the weight is sharded by FSDP, use it inside the forward of its unit"
         )
-    return stats._replace(logsumexp=stats.logsumexp.where(same, torch.nan))
+    return stats._replace(relative_logsumexp=stats.relative_logsumexp.where(same, torch.nan))
 
 
 def _laid_out(tensor: Tensor, like: DTensor, placements: Sequence[Placement]) -> bool:
