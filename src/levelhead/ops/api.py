@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import checks, library
 from .loss import token_loss
+from .rows import Rows
 from .statistics import LogitStats, statistics_dtype
 
 Impl = Literal["reference", "chunked", "triton"]
@@ -145,6 +146,12 @@ def linear_cross_entropy(
             library.VERSION,
         )
     else:
+        # Eager on a CPU, ignored tokens are left out here already: backward leaves them out, and fewer rows are rounded
+        # otherwise.
+        rows = Rows(counts) if in_range and not library.transformed() else None
+        if rows is not None:
+            x, ids, weight, counts = (rows.take(tensor) for tensor in (x, ids, weight, counts))
+            smoothing = None if smoothing is None else rows.take(smoothing)
         stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, model, impl)
         # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
         logsumexp, picked, mean, _, largest, _ = stats
@@ -154,7 +161,7 @@ def linear_cross_entropy(
         z_loss = z_loss.to(weight) if isinstance(z_loss, Tensor) else z_loss
         losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss)
         if reduction == "none":
-            return losses.reshape(target.shape)
+            return (losses if rows is None else rows.put(losses)).reshape(target.shape)
         loss = losses.sum()
     # The mean of nothing is NaN, as in torch, and its gradient zero.
     return loss.masked_fill(nothing, torch.nan) if reduction == "mean" else loss
