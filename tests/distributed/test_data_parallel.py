@@ -82,7 +82,7 @@ def test_statistics_and_their_gradients_equal_those_of_one_process(results):
 
 def test_the_operator_shares_tokens_and_adds_up_late(results):
     for layouts in outcome(results, "operator"):
-        assert layouts == [PARTIAL, OF_TOKENS, OF_TOKENS, PARTIAL, EVERYWHERE]
+        assert layouts == [PARTIAL, *[OF_TOKENS] * 3, PARTIAL, EVERYWHERE]
 
 
 @pytest.mark.parametrize(

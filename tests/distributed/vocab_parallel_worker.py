@@ -65,6 +65,12 @@ LOSSES: dict[str, Callable[[], Problem]] = {
     "softcap": lambda: problem(label_smoothing=0.1, softcap=2.0),
     "softcap and scale": lambda: problem(label_smoothing=0.1, softcap=3.0, logit_scale=0.3),
     "z-loss": lambda: problem(label_smoothing=0.1, z_loss=0.01, logit_scale=1.7),
+    "options as tensors": lambda: problem(
+        label_smoothing=0.1,
+        softcap=torch.tensor(3.0),
+        logit_scale=torch.tensor(0.5),
+        z_loss=torch.tensor(0.125),
+    ),
     "token weight": lambda: problem(label_smoothing=0.1, token_weight=weights()),
     "token weight, sum": lambda: problem(token_weight=weights(), reduction="sum"),
     "another ignore_index": lambda: problem(label_smoothing=0.1, ignore_index=0),

@@ -148,7 +148,8 @@ def linear_cross_entropy(
     else:
         # Eager on a CPU, ignored tokens are left out here already: backward leaves them out, and fewer rows are rounded
         # otherwise.
-        rows = Rows(counts) if in_range and not library.transformed() else None
+        leave_out = in_range and not checks.is_dtensor(x) and not library.transformed()
+        rows = Rows(counts) if leave_out else None
         if rows is not None:
             x, ids, weight, counts = (rows.take(tensor) for tensor in (x, ids, weight, counts))
             smoothing = None if smoothing is None else rows.take(smoothing)
