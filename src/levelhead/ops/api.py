@@ -43,7 +43,14 @@ def linear_cross_entropy(
     and bias may stay float32, and their gradients do.
 
     With ``reduction="mean"`` or ``"sum"`` the gradient is taken in the forward pass, where one is needed; the first
-    backward consumes it in place, a second one recomputes it. A tensor that needs no gradient costs none.
+    backward consumes it in place, a second one, or one that runs at the same time, recomputes it. A tensor that needs
+    no gradient costs none. Until then the gradient is a saved tensor: an activation checkpoint drops that of its first
+    forward, and `torch.autograd.graph.save_on_cpu` moves it.
+
+    ``softcap``, ``logit_scale`` and ``z_loss`` may be tensors with one element, and change from call to call without
+    recompilation by `torch.compile`. They get no gradient, so one that requires a gradient is refused. The operator
+    reads them: on an accelerator that is a host synchronisation, for a tensor on the CPU none. The Triton kernels are
+    compiled for each value: where one changes at every step, prefer ``impl="chunked"``.
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
@@ -54,12 +61,12 @@ def linear_cross_entropy(
         target: ids in ``[0, V)`` or ``ignore_index``, shape ``(...)``, integer. Where no host synchronisation is
             needed to look at them (eager CPU) others raise; elsewhere they make the loss NaN.
         linear_bias: shape ``(V,)``.
-        ignore_index: targets of this value count nowhere; their rows may even hold NaN.
+        ignore_index: targets of this value count nowhere; their hidden states, weights and smoothing may even be NaN.
         label_smoothing: ``eps`` in [0, 1]: the target distribution is ``(1 - eps) * onehot + eps / V``. A tensor,
             shape ``()`` or that of ``target``, may change from step to step without recompilation; its values are
             not checked.
-        reduction: ``"mean"`` (over targets that count; by weight with ``token_weight``; NaN if there are none, as in
-            torch), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (over targets that count; by weight with ``token_weight``; NaN, as in torch, if there are
+            none or their weights sum to 0, and its gradient then 0), ``"sum"`` or ``"none"``.
         softcap: bound of the logits, ``> 0``, as in Gemma 2; None for none.
         logit_scale: factor on projection and bias, as in Cohere and Granite; the inverse of a temperature.
         z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311); not smoothed.
@@ -74,10 +81,12 @@ def linear_cross_entropy(
         for float64 inputs.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
+        TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
+            together outside autocast.
         ValueError: shapes or devices that do not go together; an option out of its range.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented, of an option too;
+            in `torch.jit.trace`.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -187,7 +196,7 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: see :func:`linear_cross_entropy`, as for all that follow.
         label_smoothing: in [0, 1].
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        softcap: bound of the logits, or None.
+        softcap: bound of the logits, or None; not a parameter to train, as the two that follow.
         logit_scale: factor on the logits before the softcap.
         z_loss: weight of ``logsumexp**2``.
         impl: ``"triton"``, ``"chunked"``, ``"reference"`` or None to choose.
@@ -197,7 +206,7 @@ class LinearCrossEntropyLoss(nn.Module):
         float64.
 
     Raises:
-        TypeError, ValueError, IndexError: in forward, as :func:`linear_cross_entropy` does.
+        TypeError, ValueError, IndexError, RuntimeError: in forward, as :func:`linear_cross_entropy` does.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -244,6 +253,7 @@ class LinearCrossEntropyLoss(nn.Module):
             TypeError: as :func:`linear_cross_entropy`.
             ValueError: as :func:`linear_cross_entropy`.
             IndexError: as :func:`linear_cross_entropy`.
+            RuntimeError: as :func:`linear_cross_entropy`.
         """
         return linear_cross_entropy(
             input,
@@ -281,6 +291,8 @@ def linear_logit_stats(
     What a loss, a distillation target or a calibration metric needs, without the logits in memory. Differentiable
     in ``logsumexp``, ``picked``, ``mean`` and ``expected``; the backward recomputes the logits tile by tile.
 
+    ``softcap`` and ``logit_scale`` may be tensors, as in :func:`linear_cross_entropy`.
+
     Precision: statistics and products accumulate in float32 (float64 for float64 inputs) whatever the input; each
     gradient accumulates in float32 and is rounded once to its tensor's dtype. An offset of the logits costs no
     digits of ``log_probs``, ``entropy`` and ``confidence``.
@@ -302,9 +314,11 @@ def linear_logit_stats(
         LogitStats, fields of shape ``(...)``, picked that of ``picks``; nats; float32 or float64, argmax int64.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
+        TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
+            together outside autocast.
         ValueError: shapes or devices that do not go together; an option out of its range.
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented, of an option too;
+            in `torch.jit.trace`.
 
     References:
         Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
