@@ -215,6 +215,18 @@ def learned() -> list[Tensor]:
     return list(torch.autograd.grad(loss, [token_weight, smoothing]))
 
 
+def far_from_0(offset: int, *, masked: bool = False) -> Problem:
+    """Logits that float32 holds exactly, with an offset; ``masked``: the last rank has no entry that counts."""
+    whole = problem(label_smoothing=0.1, reduction="none")
+    x, weight, bias = (p.detach().mul(8).round().div(8).float() for p in whole.parameters)
+    bias += offset
+    if masked:
+        bias[V // 2 :] = -torch.inf
+        whole = replace(whole, label_smoothing=torch.zeros(()), target=whole.target % (V // 2))
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    return replace(whole, input=leaves[0], linear_weight=leaves[1], linear_bias=leaves[2])
+
+
 def no_grad() -> Tensor:
     with torch.no_grad():
         return sharded(problem(label_smoothing=0.1)).fused()
@@ -501,6 +513,9 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "frozen input": lambda: frozen("input"),
     "frozen bias": lambda: frozen("linear_bias"),
     "learned": learned,
+    "near 0": lambda: run(sharded(far_from_0(0))),
+    "far from 0": lambda: run(sharded(far_from_0(-(2**15)))),
+    "masked": lambda: run(sharded(far_from_0(-(2**15), masked=True))),
     "no grad": no_grad,
     "inference": inference,
     "checkpointed": checkpointed,

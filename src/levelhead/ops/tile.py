@@ -26,7 +26,10 @@ def fill_(
     if bias is None:
         addmm_(t, x, weight.T, beta=0, alpha=scale)
     else:
-        addmm_(t.copy_(bias), x, weight.T, beta=scale, alpha=scale)
+        addmm_(t.copy_(bias), x, weight.T, alpha=1)
+        if scale != 1:
+            # Now, not before: what rounding does to a bias is the same for all tokens, and adds up over them.
+            t.mul_(scale)
     return t if softcap is None else t.tanh_()
 
 

@@ -76,10 +76,11 @@ def gradient_kernel(
     )  # fmt: skip
     z, slope = capped(a, SOFTCAP)
     relative = z - tl.load(maximum + within)[:, None]
+    exps = tl.exp(relative)
     of_exp = tl.load(coefficients + within)[:, None]
     if OF_EXPECTED:
         of_exp += tl.load(coefficients + N + within)[:, None] * finite(relative)
-    dz = tl.exp(relative) * of_exp + tl.load(coefficients + 2 * N + within)[:, None]
+    dz = exps * of_exp + tl.load(coefficients + 2 * N + within)[:, None]
     first_pick = within.to(tl.int64) * K
     for k in range(0, K):
         own = tl.load(picks + first_pick + k)[:, None] == first_id + columns[None, :]

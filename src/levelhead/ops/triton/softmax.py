@@ -111,8 +111,9 @@ def softmax_kernel(
     for first in range(0, V, BLOCK_V):
         inside = first + entries < V
         z, slope = _logits(products, bias, first + entries, inside, SOFTCAP, LOGIT_SCALE)
-        sums += tl.where(inside, z - top, 0.0)
-        dz = of_exp * tl.exp(z - top) + of_all + tl.where(first + entries == id, of_target, 0.0)
+        relative = tl.where(inside, z - top, 0.0)
+        sums += relative
+        dz = of_exp * tl.exp(relative) + of_all + tl.where(first + entries == id, of_target, 0.0)
         tl.store(gradient + first + entries, (dz * slope).to(gradient.dtype.element_ty), inside)
     tl.store(stats + 3 * stats_stride + row, tl.sum(sums, 0) / V)
 
