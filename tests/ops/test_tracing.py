@@ -88,7 +88,7 @@ TRACERS: dict[str, tuple[type[Exception], str, Callable[[Loss], Any]]] = {
         torch.fx.symbolic_trace,
     ),
     "torch.jit": (
-        RuntimeError,
+        TypeError,
         r"cannot be recorded by torch\.jit\.trace.* use torch\.export\.export or torch\.compile",
         lambda loss: torch.jit.trace(lambda x, t: loss(x, torch.ones(V, D), t), _tensors(7)[::2]),
     ),

@@ -103,6 +103,7 @@ class CalibrationAware:
         Raises:
             TypeError: as `levelhead.linear_logit_stats`.
             ValueError: the same, or what the E-step found does not go with the choices.
+            RuntimeError: as `levelhead.linear_logit_stats`.
         """
         there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
         letters = choices[:, None].where(there[..., None], -1)  # (B, T, C); -1 picks nothing

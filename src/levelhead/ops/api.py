@@ -67,9 +67,11 @@ def linear_cross_entropy(
             not checked.
         reduction: ``"mean"`` (over targets that count; by weight with ``token_weight``; NaN, as in torch, if there are
             none or their weights sum to 0, and its gradient then 0), ``"sum"`` or ``"none"``.
-        softcap: bound of the logits, ``> 0``, as in Gemma 2; None for none.
-        logit_scale: factor on projection and bias, as in Cohere and Granite; the inverse of a temperature.
-        z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311); not smoothed.
+        softcap: bound of the logits, ``> 0``, as in Gemma 2; None for none; a number or of shape ``()``.
+        logit_scale: factor on projection and bias, as in Cohere and Granite, the inverse of a temperature; a number or
+            of shape ``()``.
+        z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311), not smoothed; a number or of
+            shape ``()``.
         token_weight: weight of each token's loss, shape of ``target``. ``"mean"`` divides by the sum of the weights
             that count, as torch does with class weights.
         impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
@@ -82,11 +84,10 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
-            together outside autocast.
-        ValueError: shapes or devices that do not go together; an option out of its range.
+            together outside autocast; in `torch.jit.trace`.
+        ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented, of an option too;
-            in `torch.jit.trace`.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -99,13 +100,6 @@ def linear_cross_entropy(
         >>> weight.grad.shape
         torch.Size([32, 8])
     """
-    checks.check_tensors(
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
-        token_weight=token_weight,
-    )
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("target", target, input, several=False)
@@ -196,9 +190,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: see :func:`linear_cross_entropy`, as for all that follow.
         label_smoothing: in [0, 1].
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        softcap: bound of the logits, or None; not a parameter to train, as the two that follow.
-        logit_scale: factor on the logits before the softcap.
-        z_loss: weight of ``logsumexp**2``.
+        softcap: bound of the logits, or None; a number or of shape ``()``, not to be trained, as the two that follow.
+        logit_scale: factor on the logits before the softcap; a number or of shape ``()``.
+        z_loss: weight of ``logsumexp**2``; a number or of shape ``()``.
         impl: ``"triton"``, ``"chunked"``, ``"reference"`` or None to choose.
 
     Shape:
@@ -304,8 +298,8 @@ def linear_logit_stats(
         picks: vocabulary ids, one or K a token, shape ``(...)`` or ``(..., K)``, integer; repeats allowed. An id
             outside ``[0, V)``, such as an ignored target, picks nothing: 0, without gradient.
         linear_bias: shape ``(V,)``.
-        softcap: bound of the logits, ``> 0``; None for none.
-        logit_scale: factor on projection and bias; the inverse of a temperature.
+        softcap: bound of the logits, ``> 0``; None for none; a number or of shape ``()``.
+        logit_scale: factor on projection and bias, the inverse of a temperature; a number or of shape ``()``.
         impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
             ``"reference"`` (dense: the oracle, not for training), or None to choose: ``"triton"`` where it runs,
             ``"chunked"`` elsewhere.
@@ -315,10 +309,9 @@ def linear_logit_stats(
 
     Raises:
         TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
-            together outside autocast.
-        ValueError: shapes or devices that do not go together; an option out of its range.
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented, of an option too;
-            in `torch.jit.trace`.
+            together outside autocast; in `torch.jit.trace`.
+        ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
 
     References:
         Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
@@ -330,9 +323,6 @@ def linear_logit_stats(
         >>> stats.confidence.shape, stats.log_probs.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 3]))
     """
-    checks.check_tensors(
-        input=input, linear_weight=linear_weight, picks=picks, linear_bias=linear_bias
-    )
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("picks", picks, input, several=True)
@@ -438,6 +428,7 @@ def _is_variable(option: Any) -> bool:
 
 def _autocast(input: Tensor) -> Tensor:
     """Cast as autocast would for a linear layer; the operators have autocast switched off."""
+    checks.check_tensor("input", input)
     device = input.device.type
     if not checks.autocast_is_on(device) or input.dtype == torch.float64:
         return input

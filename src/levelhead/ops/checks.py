@@ -17,23 +17,20 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_tensors(**named: Any) -> None:
-    """Refuse, by name, what is no dense tensor; and torch.jit.trace."""
-    for name, tensor in named.items():
-        if tensor is None and name in ("linear_bias", "token_weight"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r:.60}; {_cure(tensor)}")
-        if tensor.is_nested:
-            raise TypeError(
-                f"{name} must have one shape for all sequences, got a nested tensor; give the tokens of all sequences "
-                f"in one row, as {name}.values() of a jagged one has them, or pad with "
-                "torch.nested.to_padded_tensor, and target with ignore_index"
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
+def check_tensor(name: str, tensor: Any) -> None:
+    """Refuse what is no dense tensor; and torch.jit.trace."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r:.60}; {_cure(tensor)}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must have one shape for all sequences, got a nested tensor; give the tokens of all sequences in "
+            f"one row, as {name}.values() of a jagged one has them, or pad with torch.nested.to_padded_tensor, and "
+            "target with ignore_index"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise RuntimeError(
+        raise TypeError(
             "levelhead cannot be recorded by torch.jit.trace, which knows no argument that is a list of bool; use "
             "torch.export.export or torch.compile"
         )
@@ -52,10 +49,11 @@ def _cure(value: Any) -> str:
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """Refuse tensors that do not make a linear layer."""
-    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    named: dict[str, Any] = {"input": input, "linear_weight": linear_weight}
+    if linear_bias is not None:
+        named["linear_bias"] = linear_bias
     for name, tensor in named.items():
-        if tensor is None:
-            continue
+        check_tensor(name, tensor)
         if tensor.dtype not in _FLOATS:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -163,7 +161,7 @@ def _numbers(name: str, value: object, without: str, trained: str) -> list[float
     if value.dtype not in _FLOATS + _INTEGERS:
         raise TypeError(f"{name} must be a number, got {value.dtype}")
     if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
-        raise RuntimeError(
+        raise ValueError(
             f"{name} requires a gradient, which levelhead does not compute: it would not be trained. Give "
             f"{name}.detach() to hold it fixed; to train it, {trained}"
         )
@@ -247,6 +245,7 @@ def check_loss_options(
 
 def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
     """Refuse ids whose dtype, device or shape does not fit input; ``several``: (..., K) fits too."""
+    check_tensor(name, ids)
     if ids.dtype not in _INTEGERS:
         hint = "; class probabilities are not supported" if ids.dtype in _FLOATS else ""
         raise TypeError(f"{name} must hold integer ids, got {ids.dtype}{hint}")
@@ -263,6 +262,7 @@ def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
 
 def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
     """Refuse weights that do not fit the targets."""
+    check_tensor("token_weight", token_weight)
     if token_weight.dtype not in _FLOATS:
         raise TypeError(f"token_weight must be floating point, got {token_weight.dtype}")
     if token_weight.device != target.device:

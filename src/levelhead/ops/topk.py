@@ -44,8 +44,8 @@ def linear_topk(
     k: int,
     *,
     linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
 ) -> TopK:
     """The ``k`` largest logits ``z = softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) / softcap)``.
 
@@ -60,14 +60,15 @@ def linear_topk(
         linear_weight: the output embedding, shape ``(V, D)``.
         k: how many, in [1, V].
         linear_bias: shape ``(V,)``; -inf masks an entry out.
-        softcap: bound of the logits, ``> 0``; None for none.
-        logit_scale: factor on projection and bias; the inverse of a temperature.
+        softcap: bound of the logits, ``> 0``; None for none; a number or of shape ``()``.
+        logit_scale: factor on projection and bias, the inverse of a temperature; a number or of shape ``()``.
 
     Returns:
         TopK; of equal logits those with the smallest ids. A token whose hidden state is not finite gets NaN.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together.
+        TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
+            together.
         ValueError: shapes or devices that do not go together; an option out of its range; a DTensor.
 
     References:
@@ -83,6 +84,7 @@ def linear_topk(
     """
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_options(softcap, logit_scale, None, input)
+    softcap = None if softcap is None else float(softcap)
     if checks.any_dtensor(input, linear_weight, linear_bias):
         raise ValueError(
             "linear_topk takes no DTensors; give plain tensors, as to_local() or full_tensor() make them"
