@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import levelhead
-from levelhead.ops import chunked
+from levelhead.ops import LogitStats, chunked
 from levelhead.ops.statistics import StatsGradient
 
 from .step import machine
@@ -76,10 +76,10 @@ class Problem:
 
     def stats_operator(self, x: Tensor, w: Tensor) -> Tensor:
         """The operator inside the statistics."""
-        logsumexp: Tensor = torch.ops.levelhead.linear_logit_stats(
+        stats = torch.ops.levelhead.linear_logit_stats(
             x, w, self.target[:, None], None, None, 1.0, None
-        )[0]
-        return logsumexp
+        )
+        return LogitStats(*stats).logsumexp
 
     def fused_implementation(self) -> Any:
         """The function inside that operator."""
@@ -99,7 +99,7 @@ class Problem:
         dtypes = (torch.float32, torch.float32, None)
         return chunked.linear_logit_stats_backward(
             gradient, self.token != 0, self.x, self.w, self.target[:, None], None,
-            stats.logsumexp, stats.expected, None, 1.0, dtypes,
+            stats.relative_logsumexp, stats.relative_expected, stats.max, None, 1.0, dtypes,
         )  # fmt: skip
 
     def forward(self, function: Callable[..., Tensor]) -> Call:

@@ -140,7 +140,7 @@ def trained(
         stats = levelhead.linear_logit_stats(
             network(held_out.input), network.head, held_out.target, **options
         )
-    confidence = (stats.max - stats.logsumexp).exp()
+    confidence = stats.confidence
     correct = stats.argmax == held_out.target
     return {
         "accuracy": correct.double().mean().item(),

@@ -139,7 +139,7 @@ def trl_statistics(x: Tensor, weight: Tensor, target: Tensor, *_: Any) -> Tensor
 def fused_statistics(x: Tensor, weight: Tensor, target: Tensor, *_: Any) -> Tensor:
     """Levelhead; of what it returns, what the others return too."""
     stats = levelhead.linear_logit_stats(x, weight, target)
-    return torch.stack([stats.logsumexp - stats.picked, stats.logsumexp - stats.expected])
+    return torch.stack([-stats.log_probs, stats.entropy])
 
 
 DENSE, COMPILED, OURS = "F.cross_entropy", "F.cross_entropy, torch.compile", "levelhead"

@@ -53,10 +53,12 @@ def shared(whole: Problem, over: DeviceMesh | None = None, *placements: Placemen
             "input": placements,
             "target": placements,
             "token_weight": placements,
+            "label_smoothing": placements,
             "linear_weight": everywhere,
             "linear_bias": everywhere,
         }.items()
         for tensor in [getattr(whole, name)]
+        if not isinstance(tensor, float)
     }
     return replace(whole, **tensors)
 
@@ -154,6 +156,12 @@ def smoothing_tensor() -> dict[str, Any]:
 def no_grad() -> Tensor:
     with torch.no_grad():
         return full(shared(problem(label_smoothing=0.1)).fused())
+
+
+def inference(reduction: str) -> Tensor:
+    part = shared(problem(label_smoothing=0.1, reduction=reduction))
+    with torch.inference_mode():
+        return full(part.fused())
 
 
 def accumulated() -> list[Tensor]:
@@ -301,6 +309,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "frozen bias": lambda: frozen("linear_bias"),
     "learned": learned,
     "no grad": no_grad,
+    **{f"inference, {name}": lambda name=name: inference(name) for name in ("mean", "none")},
     "accumulated": accumulated,
     **{name: lambda name=name: narrow(getattr(torch, name)) for name in ("float16", "bfloat16")},
     "double backward": double_backward,

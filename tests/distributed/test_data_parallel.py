@@ -82,7 +82,7 @@ def test_statistics_and_their_gradients_equal_those_of_one_process(results):
 
 def test_the_operator_shares_tokens_and_adds_up_late(results):
     for layouts in outcome(results, "operator"):
-        assert layouts == [PARTIAL, OF_TOKENS, OF_TOKENS, PARTIAL, EVERYWHERE]
+        assert layouts == [PARTIAL, *[OF_TOKENS] * 3, PARTIAL, EVERYWHERE]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,13 @@ def test_without_grad_there_is_the_same_loss(results):
     for loss in outcome(results, "no grad"):
         assert not loss.requires_grad
         assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_inference_mode_there_is_the_same_loss(results, reduction):
+    truth = worker.problem(label_smoothing=0.1, reduction=reduction).dense()
+    for loss in outcome(results, f"inference, {reduction}"):
+        assert_equal(loss, truth, ROUNDING)
 
 
 def test_a_graph_is_used_twice_and_gradients_add_up(results):

@@ -1,5 +1,6 @@
 """A head whose rows are shared by 2 or 4 ranks gives what one process gives, and nothing is gathered."""
 
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -148,10 +149,37 @@ def test_token_weight_and_smoothing_are_learned(results):
         assert_equal(found, truth, ROUNDING)
 
 
+def test_an_offset_that_the_logits_hold_exactly_changes_no_bit(results):
+    for far, near in zip(outcome(results, "far from 0"), outcome(results, "near 0"), strict=True):
+        same_bits([far["loss"], near["loss"]])
+        for pair in zip(far["gradients"], near["gradients"], strict=True):
+            same_bits(list(pair))
+
+
+def test_smoothing_as_a_tensor_of_0_looks_at_no_entry_that_is_masked_out(results):
+    whole = worker.far_from_0(0, masked=True)
+    truth = replace(whole, label_smoothing=0.0).to(torch.float64).dense()
+    for run in outcome(results, "masked"):
+        torch.testing.assert_close(run["loss"].double(), truth.detach(), rtol=1e-5, atol=1e-5)
+        assert all(gradient.isfinite().all() for gradient in run["gradients"])
+
+
 def test_without_grad_there_is_the_same_loss_and_no_graph(results):
     for loss in outcome(results, "no grad"):
         assert not loss.requires_grad
         assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
+
+
+def test_in_inference_mode_there_is_the_same_loss(results):
+    for loss in outcome(results, "inference"):
+        assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
+
+
+def test_in_a_checkpoint_the_graph_may_be_used_for_each_gradient(results):
+    whole = worker.problem(label_smoothing=0.1)
+    truth = torch.autograd.grad(whole.dense(), whole.parameters)
+    for found in outcome(results, "checkpointed"):
+        assert_equal(found, list(truth), ROUNDING)
 
 
 def test_a_graph_is_used_twice_and_gradients_add_up(results):

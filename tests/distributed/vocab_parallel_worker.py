@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import levelhead
 from levelhead.ops import chunked
@@ -38,9 +39,11 @@ def problem(n: int = 9, d: int = 5, v: int = V, *, bias: bool = True, **options:
 
 
 def ignored_nan() -> Problem:
-    whole = problem(label_smoothing=0.1)
+    smoothing = torch.full((9,), 0.1, dtype=torch.float64)
+    whole = problem(label_smoothing=smoothing, token_weight=weights())
     with torch.no_grad():
-        whole.input[1] = torch.nan
+        for tensor in (whole.input, smoothing, whole.token_weight):
+            tensor[1] = torch.nan
     return whole
 
 
@@ -62,6 +65,12 @@ LOSSES: dict[str, Callable[[], Problem]] = {
     "softcap": lambda: problem(label_smoothing=0.1, softcap=2.0),
     "softcap and scale": lambda: problem(label_smoothing=0.1, softcap=3.0, logit_scale=0.3),
     "z-loss": lambda: problem(label_smoothing=0.1, z_loss=0.01, logit_scale=1.7),
+    "options as tensors": lambda: problem(
+        label_smoothing=0.1,
+        softcap=torch.tensor(3.0),
+        logit_scale=torch.tensor(0.5),
+        z_loss=torch.tensor(0.125),
+    ),
     "token weight": lambda: problem(label_smoothing=0.1, token_weight=weights()),
     "token weight, sum": lambda: problem(token_weight=weights(), reduction="sum"),
     "another ignore_index": lambda: problem(label_smoothing=0.1, ignore_index=0),
@@ -69,6 +78,7 @@ LOSSES: dict[str, Callable[[], Problem]] = {
     "one token": lambda: problem(n=1, label_smoothing=0.1),
     "all tokens ignored, sum": lambda: nothing_counts("sum"),
     "all tokens ignored, mean": lambda: nothing_counts("mean"),
+    "all tokens ignored by weight, mean": lambda: problem(token_weight=0 * weights()),
     "a rank without rows": lambda: problem(v=5, label_smoothing=0.1, z_loss=0.01),
     "a vocabulary of one": lambda: problem(v=1, label_smoothing=0.1),
     "reference": lambda: problem(label_smoothing=0.1, softcap=2.0, impl="reference"),
@@ -205,9 +215,35 @@ def learned() -> list[Tensor]:
     return list(torch.autograd.grad(loss, [token_weight, smoothing]))
 
 
+def far_from_0(offset: int, *, masked: bool = False) -> Problem:
+    """Logits that float32 holds exactly, with an offset; ``masked``: the last rank has no entry that counts."""
+    whole = problem(label_smoothing=0.1, reduction="none")
+    x, weight, bias = (p.detach().mul(8).round().div(8).float() for p in whole.parameters)
+    bias += offset
+    if masked:
+        bias[V // 2 :] = -torch.inf
+        whole = replace(whole, label_smoothing=torch.zeros(()), target=whole.target % (V // 2))
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    return replace(whole, input=leaves[0], linear_weight=leaves[1], linear_bias=leaves[2])
+
+
 def no_grad() -> Tensor:
     with torch.no_grad():
         return sharded(problem(label_smoothing=0.1)).fused()
+
+
+def inference() -> Tensor:
+    part = sharded(problem(label_smoothing=0.1))
+    with torch.inference_mode():
+        return part.fused()
+
+
+def checkpointed() -> list[Tensor]:
+    """In a checkpoint, whose saved tensors can be read once in a backward; the graph is used for each gradient."""
+    part = sharded(problem(label_smoothing=0.1))
+    loss = checkpoint(part.fused, use_reentrant=False)
+    found = [torch.autograd.grad(loss, [p], retain_graph=True)[0] for p in part.parameters]
+    return [full(g) for g in found]
 
 
 def accumulated() -> list[Tensor]:
@@ -477,7 +513,12 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "frozen input": lambda: frozen("input"),
     "frozen bias": lambda: frozen("linear_bias"),
     "learned": learned,
+    "near 0": lambda: run(sharded(far_from_0(0))),
+    "far from 0": lambda: run(sharded(far_from_0(-(2**15)))),
+    "masked": lambda: run(sharded(far_from_0(-(2**15), masked=True))),
     "no grad": no_grad,
+    "inference": inference,
+    "checkpointed": checkpointed,
     "accumulated": accumulated,
     "replicated input": replicated_input,
     "two dimensions": two_dimensions,

@@ -102,10 +102,16 @@ def test_the_size_of_chunks_and_tiles_changes_nothing(
 
 
 @given(problems(), st.booleans())
-def test_ignored_rows_are_inert_even_if_they_hold_nan(problem: Problem, leave_out: bool) -> None:
+def test_ignored_tokens_are_inert_even_if_they_carry_nan(problem: Problem, leave_out: bool) -> None:
     ignored = ~problem.counts
-    poison = problem.input.detach().masked_fill(ignored[:, None], torch.nan).requires_grad_()
-    poisoned = replace(problem, input=poison)
+    smoothing = torch.full(problem.target.shape, problem.label_smoothing, dtype=torch.float64)
+    weight = problem.token_weight
+    poisoned = replace(
+        problem,
+        input=problem.input.detach().masked_fill(ignored[:, None], torch.nan).requires_grad_(),
+        label_smoothing=smoothing.masked_fill(ignored, torch.nan),
+        token_weight=None if weight is None else weight.masked_fill(ignored, torch.nan),
+    )
     with pytest.MonkeyPatch.context() as patch:
         # On an accelerator ignored rows stay in the batch; the same path, here.
         patch.setattr("levelhead.ops.rows._can_leave_out", lambda _: leave_out)
@@ -114,6 +120,18 @@ def test_ignored_rows_are_inert_even_if_they_hold_nan(problem: Problem, leave_ou
         actual_gradients = gradients(actual, poisoned)
         assert_equal(actual_gradients, gradients(expected, problem))
     assert (actual_gradients[0][ignored] == 0).all()
+
+
+@given(problems(reduction="mean"), st.sampled_from(["parameters", "token_weight"]))
+def test_the_mean_over_weights_that_sum_to_zero_is_nan_and_its_gradient_zero(
+    problem: Problem, of: str
+) -> None:
+    weight = torch.zeros(problem.target.shape, dtype=torch.float64)
+    weight.requires_grad_(of == "token_weight")
+    loss = problem.fused(token_weight=weight)
+    assert loss.isnan()
+    leaves = [*problem.parameters, *([weight] if weight.requires_grad else [])]
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, leaves))
 
 
 @given(problems(token_weight=None, reduction="sum"), st.integers(0, 2**31))

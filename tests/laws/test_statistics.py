@@ -24,8 +24,9 @@ def _dense(problem: Problem, picks: Tensor) -> LogitStats:
     p = z.softmax(1)
     inside = (picks >= 0) & (picks < z.shape[1])
     picked = torch.where(inside, z.gather(1, picks.clamp(0, z.shape[1] - 1)), 0)
-    largest, argmax = z.max(1)
-    return LogitStats(z.logsumexp(1), picked, z.mean(1), (p * z).sum(1), largest, argmax)
+    largest, argmax = z.detach().max(1)
+    r = z - largest[:, None]
+    return LogitStats(r.logsumexp(1), picked, r.mean(1), (p * r).sum(1), largest, argmax)
 
 
 def _fused(problem: Problem, picks: Tensor, **changes: Any) -> LogitStats:

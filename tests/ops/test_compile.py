@@ -118,6 +118,22 @@ def test_the_gradient_is_taken_in_the_forward_pass_when_compiled_too(
     assert calls == ["linear_cross_entropy"]
 
 
+# Compiled autograd looks at the `grad` of every tensor that it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_that_is_compiled_too(reduction: str) -> None:
+    def gradients() -> list[torch.Tensor | None]:
+        x, weight = torch.linspace(-1, 1, 9 * D).view(9, D), torch.linspace(-2, 1, V * D).view(V, D)
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        loss = levelhead.linear_cross_entropy(*leaves, torch.arange(9), reduction=reduction)
+        (3 * loss.sum()).backward()
+        return [leaf.grad for leaf in leaves]
+
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        actual = gradients()
+    torch.testing.assert_close(actual, gradients())
+
+
 _COLD = """
 import sys, torch, levelhead
 import torch.nn.functional as F

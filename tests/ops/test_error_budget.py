@@ -7,6 +7,7 @@ import torch
 from tests.problems import Problem, gradients
 from torch import Tensor
 
+import levelhead
 from levelhead.ops import chunked, tile
 
 N, D, V = 67, 96, 1003
@@ -28,16 +29,23 @@ RUNS = [
 
 
 def _problem(
-    dtype: torch.dtype, softcap: float | None, reduction: str, impl: str, device: str = "cpu"
+    dtype: torch.dtype,
+    softcap: float | None,
+    reduction: str,
+    impl: str,
+    device: str = "cpu",
+    *,
+    offset: float = 0.0,
+    spread: float = 3.0,
 ) -> Problem:
     random = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, D, generator=random) for rows in (N, V))
-    bias = torch.randn(V, generator=random)
+    bias = torch.randn(V, generator=random) + offset
     target = torch.randint(0, V, (N,), generator=random)
     target[::5] = -100
     problem = Problem(
         x.to(device),
-        weight.to(device) * 3 / D**0.5,
+        weight.to(device) * spread / D**0.5,
         target.to(device),
         linear_bias=bias.to(device),
         label_smoothing=0.1,
@@ -73,6 +81,12 @@ def test_loss_and_gradients_within_budget(
     exact = problem.to(torch.float64)
     truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
     assert actual.dtype == torch.float32
+    _within_budget_with_gradients(problem, exact, actual, truth, yardstick)
+
+
+def _within_budget_with_gradients(
+    problem: Problem, exact: Problem, actual: Tensor, truth: Tensor, yardstick: Tensor
+) -> None:
     within_budget("loss", actual, truth, yardstick)
     found = zip(
         ("input", "linear_weight", "linear_bias"),
@@ -82,8 +96,62 @@ def test_loss_and_gradients_within_budget(
         strict=True,
     )
     for name, got, true, dense in found:
-        assert got.dtype == dtype
+        assert got.dtype == problem.input.dtype
         within_budget(name, got, true, dense)
+
+
+FAR = [(-120.0, 3.0), (90.0, 0.1), (-3e4, 8.0)]  # the logits' offset and spread
+
+
+@pytest.mark.parametrize(("impl", "device"), RUNS)
+@pytest.mark.parametrize(("offset", "spread"), FAR)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 1.0])
+def test_logits_far_from_0_are_within_budget(
+    offset: float, spread: float, reduction: str, eps: float, impl: str, device: str
+) -> None:
+    """Mostly right, so that the losses are small beside the logits that they are made of."""
+    options = {"offset": offset, "spread": spread}
+    problem = _problem(torch.float32, None, reduction, impl, device, **options)
+    likeliest = problem.logits().argmax(1)
+    problem = replace(
+        problem, label_smoothing=eps, target=torch.where(problem.counts, likeliest, -100)
+    )
+    exact = problem.to(torch.float64)
+    truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
+    _within_budget_with_gradients(problem, exact, actual, truth, yardstick)
+
+
+@pytest.mark.parametrize(("impl", "device"), RUNS)
+@pytest.mark.parametrize(("offset", "spread"), FAR)
+def test_statistics_of_logits_far_from_0_are_within_budget(
+    offset: float, spread: float, impl: str, device: str
+) -> None:
+    options = {"offset": offset, "spread": spread}
+    problem = _problem(torch.float32, None, "none", impl, device, **options)
+    exact, picks = problem.to(torch.float64), torch.arange(2 * N, device=device).view(N, 2)
+    stats = levelhead.linear_logit_stats(
+        problem.input, problem.linear_weight, picks, linear_bias=problem.linear_bias,
+        logit_scale=problem.logit_scale, impl=impl,
+    )  # fmt: skip
+
+    def dense(p: Problem) -> dict[str, Tensor]:
+        log_p = p.logits().log_softmax(1)
+        return {
+            "log_probs": log_p.gather(1, picks),
+            "entropy": -(log_p.exp() * log_p).sum(1),
+            "confidence": log_p.amax(1).exp(),
+        }
+
+    truth, yardstick = dense(exact), dense(problem)
+    for name, true in truth.items():
+        actual = getattr(stats, name)
+        within_budget(name, actual, true, yardstick[name])
+        if name != "confidence":  # whose largest logit is not differentiated
+            pairs = ((actual, problem), (true, exact), (yardstick[name], problem))
+            found = (gradients(*pair) for pair in pairs)
+            for got, right, same in zip(*found, strict=True):
+                within_budget(f"gradient of {name}", got, right, same)
 
 
 @pytest.mark.parametrize(("impl", "device"), RUNS)

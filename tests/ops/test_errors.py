@@ -1,7 +1,9 @@
 """Every text that a user can be shown says what was asked, what came, what is valid and what to do."""
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +61,71 @@ def test_tensors_that_do_not_fit(args: Any, error: type[Exception], text: str) -
 )  # fmt: skip
 def test_options_out_of_range(options: Any, error: type[Exception], text: str) -> None:
     assert _refusal(error, X, W, Y, **options) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ignore_index": None}, "ignore_index must be an integer, got None; where every target counts, any that is no id, such as -100"),
+        ({"ignore_index": 1.0}, "ignore_index must be an integer, got 1.0; where every target counts, any that is no id, such as -100"),
+        ({"label_smoothing": None}, "label_smoothing must be a number, got None; 0.0 is none"),
+        ({"label_smoothing": "0.1"}, "label_smoothing must be a number, got '0.1'; use float('0.1')"),
+        ({"label_smoothing": True}, "label_smoothing must be a number, got True; 0.0 is none"),
+        ({"label_smoothing": torch.tensor(1)}, "label_smoothing must be floating point, got torch.int64"),
+        ({"logit_scale": None}, "logit_scale must be a number, got None; 1.0 is none"),
+        ({"softcap": "30"}, "softcap must be a number, got '30'; use float('30')"),
+        ({"softcap": [30.0]}, "softcap must be a number, got [30.0]; None is none"),
+        ({"z_loss": None}, "z_loss must be a number, got None; 0.0 is none"),
+        ({"reduction": None}, "reduction must be 'mean', 'sum' or 'none', got None; 'none' is a loss for each token"),
+        ({"linear_bias": [0.0]}, "linear_bias must be a torch.Tensor, got [0.0]; use torch.tensor"),
+        ({"token_weight": 1.0}, "token_weight must be a torch.Tensor, got 1.0; give a tensor"),
+    ],
+)  # fmt: skip
+def test_options_of_another_type(options: Any, text: str) -> None:
+    assert _refusal(TypeError, X, W, Y, **options) == text
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "softcap", "logit_scale"])
+def test_numbers_of_numpy_and_integers_are_numbers(name: str) -> None:
+    expected = levelhead.linear_cross_entropy(X, W, Y, **{name: 1.0})
+    for one in (1, np.float32(1), np.float64(1), np.int64(1)):
+        assert levelhead.linear_cross_entropy(X, W, Y, **{name: one}) == expected
+    assert levelhead.linear_cross_entropy(X, W, Y, ignore_index=np.int64(-1)).isfinite()
+
+
+_JAGGED = "must have one shape for all sequences, got a nested tensor; give the tokens of all sequences in one row"
+
+
+# A nested tensor that is not jagged says that it is a prototype.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_what_is_no_dense_tensor(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([X[0], X[1, :2]], layout=layout)
+    ids = torch.nested.nested_tensor([Y[0], Y[1, :2]], layout=layout)
+    for function in (levelhead.linear_cross_entropy, levelhead.linear_logit_stats):
+        refusal = partial(_refusal, TypeError, function=function)
+        name = "target" if function is levelhead.linear_cross_entropy else "picks"
+        assert refusal(X.tolist(), W, Y).startswith("input must be a torch.Tensor, got [[[")
+        assert refusal(X.tolist(), W, Y).endswith("; use torch.tensor")
+        assert refusal(X, W.numpy(), Y).endswith("; use torch.from_numpy")
+        assert refusal(X, W, None) == f"{name} must be a torch.Tensor, got None; give a tensor"
+        assert (
+            refusal(X.to_sparse(), W, Y)
+            == "input must be dense, got torch.sparse_coo; use input.to_dense()"
+        )
+        assert refusal(nested, W, Y).startswith(f"input {_JAGGED}")
+        assert refusal(X, W, ids).startswith(f"{name} {_JAGGED}")
+
+
+def test_a_target_of_another_class_is_looked_at_too() -> None:
+    class Labels(torch.Tensor):
+        pass
+
+    text = _refusal(IndexError, X, W, (Y + 11).as_subclass(Labels))
+    assert (
+        text
+        == "target[0, 0] is 11, outside [0, 11) and not ignore_index = -100; 6 of 6 targets are"
+    )
 
 
 def test_float64_is_not_mixed_under_autocast() -> None:

@@ -224,20 +224,19 @@ def test_the_operators_themselves_under_vmap() -> None:
     each = [ops.linear_logit_stats(X[i], w, T[i, :, None], *args) for i in range(B)]
     assert_equal(list(stats), [torch.stack(field) for field in zip(*each, strict=True)])
 
-    def backward(x: Tensor, t: Tensor, g: Tensor, lse: Tensor) -> Any:
+    def backward(x: Tensor, t: Tensor, g: Tensor, lse: Tensor, largest: Tensor) -> Any:
         options = (3.0, 1.0, [True, False, False], "chunked")
         return ops.linear_logit_stats_backward(
-            g, None, None, None, x, w, t[:, None], None, lse, lse, *options
+            g, None, None, None, x, w, t[:, None], None, lse, lse, largest, *options
         )[0]
 
-    batch = over(backward)(X, T, token, stats[0])
-    assert_equal(
-        batch, torch.stack([backward(X[i], T[i], token[i], stats[0][i]) for i in range(B)])
-    )
+    arguments = (X, T, token, stats[0], stats[4])
+    each = [backward(*call) for call in zip(*arguments, strict=True)]
+    assert_equal(over(backward)(*arguments), torch.stack(each))
 
     def loss(x: Tensor, w: Tensor, t: Tensor, token: Tensor) -> Any:
         options = (0.0, 3.0, 1.0, [True, True, False], "chunked")
-        return ops.linear_cross_entropy(x, w, t, None, token, None, *options)[:4]
+        return ops.linear_cross_entropy(x, w, t, None, token, None, *options)[:5]
 
     token = (T != -100).double()
     each = [loss(X[i], w, T[i], token[i]) for i in range(B)]

@@ -1,5 +1,7 @@
 """When gradients are taken, what they cost, and what a second backward or a loss scale finds."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import levelhead
+from levelhead.ops import library
 
 N, D, V = 7, 4, 13
 
@@ -99,11 +102,39 @@ def test_the_first_backward_consumes_the_stored_gradient_in_place() -> None:
     x, weight, target, _ = _tensors()
     loss = levelhead.linear_cross_entropy(x, weight, target)
     node = loss.grad_fn.next_functions[0][0]
-    stored = node.gradients[1].data_ptr()
-    (loss * 3).backward()
+    stored = node.saved_tensors[-2].data_ptr()  # of input, weight and bias
+    loss.backward(torch.tensor(3.0), retain_graph=True)
     assert weight.grad is not None
     assert weight.grad.data_ptr() == stored
-    assert node.gradients is None
+    first = weight.grad.clone()
+    loss.backward(torch.tensor(3.0))  # what was handed out is no longer read
+    torch.testing.assert_close(weight.grad, 2 * first)
+
+
+def test_backward_passes_of_one_graph_may_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, target, _ = _tensors(torch.float64)
+    loss = levelhead.linear_cross_entropy(x, weight, target)
+    expected = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    loss = levelhead.linear_cross_entropy(x, weight, target)
+    both, claim = threading.Barrier(2), library._claim
+    answers: list[bool] = []
+
+    def at_once(stored: Any) -> bool:
+        both.wait(timeout=60)
+        answers.append(claim(stored))
+        return answers[-1]
+
+    monkeypatch.setattr(library, "_claim", at_once)
+
+    def backward(factor: float) -> Any:
+        upstream = torch.tensor(factor, dtype=torch.float64)
+        return torch.autograd.grad(loss, (x, weight), upstream, retain_graph=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(backward, (2.0, 3.0)))
+    assert sorted(answers) == [False, True]  # one takes what is stored, the other computes it
+    for factor, gradients in zip((2.0, 3.0), found, strict=True):
+        torch.testing.assert_close(list(gradients), [factor * g for g in expected])
 
 
 def test_an_upstream_gradient_is_not_rounded_to_a_narrow_dtype() -> None:

@@ -1,15 +1,19 @@
 """What may never exist: the logits, a second weight gradient, a gradient nobody asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmarks.shapes import SHAPES
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+import levelhead
 from levelhead.ops import chunked
 from levelhead.ops.statistics import StatsGradient
 
@@ -80,8 +84,8 @@ def test_statistics_and_their_backward(dtype: torch.dtype, budget: int) -> None:
     gradient = StatsGradient(ones, -ones[:, None], None, None)
     with _allocations([x, weight, target, ones, *stats]) as sizes:
         chunked.linear_logit_stats_backward(
-            gradient, ones != 0, x, weight, target[:, None], None, stats.logsumexp,
-            stats.expected, None, 1.0, (dtype, dtype, None),
+            gradient, ones != 0, x, weight, target[:, None], None, stats.relative_logsumexp,
+            stats.relative_expected, stats.max, None, 1.0, (dtype, dtype, None),
         )  # fmt: skip
     # A narrow weight gradient is rounded tile by tile: no float32 copy of it ever exists.
     assert [size for size in sizes if size > budget] == []
@@ -110,3 +114,29 @@ def test_a_chunk_is_a_quarter_of_the_tokens_unless_that_is_little_or_the_budget_
     weight = torch.empty(16384, 128, device="meta")
     assert chunked.chunk_tokens(count, weight, torch.float32) == chunk
     assert chunked.chunk_tokens(count, weight[:256], torch.float32) == max(1, count)
+
+
+def test_a_checkpoint_holds_one_gradient_of_the_weight(budget: int) -> None:
+    """That of the first forward must not stand beside that of the second."""
+    rows, vocabulary, hidden = 256, 4096, 256
+    head = 4 * vocabulary * hidden
+
+    def peak(loss: Callable[..., Tensor]) -> int:
+        x = torch.randn(rows, hidden, requires_grad=True)
+        weight = torch.randn(vocabulary, hidden, requires_grad=True)
+        target = torch.randint(vocabulary, (rows,))
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            checkpoint(loss, x, weight, target, use_reentrant=False).backward()
+        now = most = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most
+
+    dense = peak(lambda x, weight, target: F.cross_entropy(x @ weight.T, target))
+    fused = peak(levelhead.linear_cross_entropy)
+    assert head <= fused < head + 2 * budget
+    assert fused < dense

@@ -42,7 +42,7 @@ class TestOpcheck:
         token = torch.rand(N, device=device)
         for mask in ([True, True, True], [False, True, False]):
             args = (token, token[:, None].expand(N, K), None, token, x, weight, picks, bias,
-                    token, token, None, 0.5, mask, impl)  # fmt: skip
+                    token, token, token, None, 0.5, mask, impl)  # fmt: skip
             opcheck(torch.ops.levelhead.linear_logit_stats_backward.default, args)
 
     def test_loss_with_gradients(self, dtype: torch.dtype, impl: str, device: str) -> None:

@@ -24,7 +24,7 @@ def dense(z: Tensor, k: int) -> TopK:
     """By Python's own sort: by value, then by id."""
     orders = [sorted(range(len(row)), key=lambda v: (-row[v], v))[:k] for row in z.tolist()]
     indices = torch.tensor(orders)
-    return TopK(z.gather(1, indices), indices, z.logsumexp(1))
+    return TopK(z.gather(1, indices), indices, (z - z.amax(1, keepdim=True)).logsumexp(1))
 
 
 def fused(problem: Problem, k: int) -> TopK:

@@ -118,7 +118,8 @@ class TestMemory:
         token = torch.linspace(-1, 2, n, dtype=torch.float64)
         gradient = StatsGradient(token, token[:, None].expand(n, 2), token + 1, 1 - token)
         dtypes = (x.dtype, x.dtype, x.dtype if with_bias else None)
-        rest = (picks, bias, stats.logsumexp, stats.expected, softcap, logit_scale, dtypes)
+        kept = (stats.relative_logsumexp, stats.relative_expected, stats.max)
+        rest = (picks, bias, *kept, softcap, logit_scale, dtypes)
         keep = token != 0
         expected = reference.linear_logit_stats_backward(gradient, keep, x, weight, *rest)
         x, weight = _in_a_sea_of_nan(x), _in_a_sea_of_nan(weight)
@@ -138,7 +139,7 @@ class TestMemory:
         x, weight = _in_a_sea_of_nan(x), _in_a_sea_of_nan(weight)
         with _canaries():
             actual = kernels.linear_cross_entropy(x, weight, *rest)
-        _assert_same((*actual[:2], *actual[2]), (*expected[:2], *expected[2]))
+        _assert_same((*actual[:3], *actual[3]), (*expected[:3], *expected[3]))
 
 
 def test_a_canary_can_die() -> None:
@@ -188,7 +189,7 @@ def test_bfloat16_where_nothing_is_multiplied_by_a_kernel(
     x, weight, _ = _tensors(19, 24, 83, False, torch.bfloat16)
     target, token_weight = torch.arange(19), torch.full((19,), 1 / 19)
     dtypes = (torch.bfloat16, None if frozen else torch.bfloat16, None)
-    loss, _, (dx, dw, _) = kernels.linear_cross_entropy(
+    loss, *_, (dx, dw, _) = kernels.linear_cross_entropy(
         x, weight, target, None, token_weight, torch.full((19,), 0.1), 0.0, softcap, 1.0, dtypes
     )
     problem = Problem(x, weight, target, label_smoothing=0.1, softcap=softcap).to(torch.bfloat16)
@@ -295,7 +296,7 @@ def test_no_tokens_give_zero_gradients_and_empty_statistics() -> None:
     stats = kernels.linear_logit_stats(x, weight, torch.zeros(0, 1).long(), None, None, 1.0)
     assert [len(field) for field in stats] == [0] * 6
     dtypes = (x.dtype, x.dtype, None)
-    loss, _, (dx, dw, _) = kernels.linear_cross_entropy(
+    loss, *_, (dx, dw, _) = kernels.linear_cross_entropy(
         x, weight, none.long(), None, none, None, 0.0, None, 1.0, dtypes
     )
     assert loss == 0

@@ -127,9 +127,10 @@ def dense_statistics(problem: Problem, picks: Tensor) -> LogitStats:
     z = z if z.dtype == torch.float64 else z.float()
     inside = (picks >= 0) & (picks < z.shape[1])
     picked = z.gather(1, picks.where(inside, 0)).where(inside, 0)
-    expected = (z.softmax(1) * z).sum(1)
     largest, argmax = z.detach().max(1)
-    return LogitStats(z.logsumexp(1), picked, z.mean(1), expected, largest, argmax)
+    r = z - largest[:, None]
+    expected = (z.softmax(1) * r).sum(1)
+    return LogitStats(r.logsumexp(1), picked, r.mean(1), expected, largest, argmax)
 
 
 def assert_within_budget(

@@ -34,7 +34,7 @@ READS = {
     "merge_kernel": {"states", "best_ids"},
     "pick_kernel": {"x", "weight", "bias", "picks"},
     "gradient_kernel": {
-        "x", "weight", "bias", "logsumexp", "coefficients", "picks", "grad_picked",
+        "x", "weight", "bias", "maximum", "coefficients", "picks", "grad_picked",
     },
     "softmax_kernel": {"products", "bias", "target", "token_weight", "label_smoothing"},
 }  # fmt: skip
@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):
         if name in ("state_kernel", "gradient_kernel"):
             operations = 2 * len(values["x"]) * values["weight"].numel()
         if name == "state_kernel":  # is handed the room of all later shares as well
-            for key, fields in (("states", 4), ("best_ids", 1)):
+            for key, fields in (("states", 5), ("best_ids", 1)):
                 sizes[key] = fields * values["shares"] * values["N"] * values[key].itemsize
         if name == "pick_kernel":  # reads of the weight what is picked
             operations = 2 * values["picks"].numel() * values["x"].shape[1]
@@ -157,7 +157,7 @@ def test_the_model_of_the_general_backward_is_what_is_launched(
     dtypes = library._gradient_dtypes(x, weight, None, [True, not frozen, False])
     with recorder:
         backward.linear_logit_stats_backward(
-            gradient, token > 0, x, weight, picks, None, token, token, None, 1.0, dtypes
+            gradient, token > 0, x, weight, picks, None, token, token, token, None, 1.0, dtypes
         )
     model = roofline.statistics_backward(
         n, v, D, dtype, picks=k, weight_dtype=weight_dtype, frozen=frozen

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops import linear_cross_entropy
-from ..ops.checks import is_dtensor
+from ..ops.checks import can_look, is_dtensor
 from .probe import HeadTransform
 
 IGNORE_INDEX = -100  # of transformers' losses
@@ -210,7 +210,7 @@ class LossCall:
         tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
         near = (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
         as_probed = (near | ~want.isfinite()).all()
-        if not _can_look(part):
+        if not can_look(part):
             return as_probed
         if not as_probed:
             raise ChangedError(
@@ -242,11 +242,6 @@ def version(tensor: Any) -> int | None:
     return tensor._version
 
 
-def _can_look(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` can be read without a host synchronisation."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _same(name: str, arrived: Any, given: Any, before: int | None) -> bool | Tensor:
     """Whether labels reach the loss as the forward was given them."""
     if arrived is given and version(given) == before:
@@ -261,7 +256,7 @@ def _same(name: str, arrived: Any, given: Any, before: int | None) -> bool | Ten
     if arrived.device != given.device:
         given = given.to(arrived.device)
     same: Tensor = (arrived == given).all()
-    if not _can_look(arrived):
+    if not can_look(arrived):
         return same
     if not same:
         at = tuple((arrived != given).nonzero()[0].tolist())

@@ -45,9 +45,10 @@ def fit_temperature(head: OutputHead, inputs: HeadInputs) -> float:
         beta = math.exp(log_beta)
         with torch.no_grad():
             stats = head.logit_stats(inputs.hidden, inputs.target, 1 / beta)
-        value = float((stats.expected - stats.picked).double().mean())
+        picked = stats.picked - stats.max
+        value = float((stats.relative_expected - picked).double().mean())
         # Where every token is certain and right the difference is nothing but rounding.
-        rounding = torch.finfo(stats.picked.dtype).eps * float(stats.picked.abs().double().mean())
+        rounding = torch.finfo(picked.dtype).eps * float(picked.abs().double().mean())
         return value / beta if abs(value) > rounding else 0.0
 
     low = high = 0.0

@@ -101,14 +101,8 @@ class TokenCalibration:
         labelled = target != IGNORE_INDEX
         target = target[labelled]
         stats = head_stats(module, hidden[labelled], target, self._head.transform)
-        columns = (
-            stats.logsumexp,
-            stats.max,
-            (stats.argmax == target).to(stats.max),
-            stats.logsumexp - stats.expected,
-        )
-        logsumexp, largest, correct, entropy = torch.stack(columns).cpu().double()
-        confidence = (largest - logsumexp).exp().clamp(max=1)  # above 1 by rounding
+        columns = (stats.confidence, (stats.argmax == target).to(stats.max), stats.entropy)
+        confidence, correct, entropy = torch.stack(columns).cpu().double()
         index = torch.bucketize(confidence, self._edges, right=True)
         rows = (torch.ones_like(confidence), confidence, correct, entropy)
         bins = len(self._edges) + 1

@@ -188,11 +188,13 @@ class _PerTokenCall(LossCall):
             return values.new_zeros(counts.shape).masked_scatter(counts, values)
 
         smoothing: Any = self.smoothing
-        losses = token_loss(stats.logsumexp, stats.picked, stats.mean, smoothing, 0.0)
+        losses = token_loss(
+            stats.max, stats.relative_logsumexp, stats.picked, stats.relative_mean, smoothing, 0.0
+        )
         # The statistics take a target that is no id for one that picks nothing.
         losses = losses.masked_fill((ids < 0) | (ids >= len(weight)), torch.nan)
         self.losses = place(self.factor * losses)
-        self.entropy = place((stats.logsumexp - stats.expected).detach())
+        self.entropy = place(stats.entropy.detach())
         self.is_top1 = place(stats.argmax == ids)
         items = torch.as_tensor(counts.sum() if self.num_items is None else self.num_items)
         loss: Tensor = self.losses.sum() / items.to(target.device).clamp(min=1)

@@ -237,7 +237,7 @@ def _picked_of_all(
     logit_scale: float,
     impl: Impl | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The student's logits at ``ids``, (..., k), and their logsumexp over the vocabulary, (...)."""
+    """The student's logits at ``ids``, (..., k), and their logsumexp over the vocabulary, (...), relative to max."""
     stats = linear_logit_stats(
         input,
         linear_weight,
@@ -247,7 +247,7 @@ def _picked_of_all(
         logit_scale=logit_scale,
         impl=impl,
     )
-    return stats.picked, stats.logsumexp
+    return stats.picked - stats.max[..., None], stats.relative_logsumexp
 
 
 def _picked(

@@ -114,6 +114,7 @@ class CalibrationAware:
             ValueError: the same, what the E-step found does not go with the choices, or a question has a choice twice.
             IndexError: a target or a choice is outside the vocabulary, or an answer outside the tokens. Where values
                 are not looked at (on an accelerator, in a compiled graph) the losses of the row are NaN.
+            RuntimeError: as `levelhead.linear_logit_stats`.
         """
         sound = _sound(input, linear_weight, target, choices, answer_position)
         there = torch.arange(target.shape[-1], device=input.device) == answer_position[:, None]
@@ -129,10 +130,9 @@ class CalibrationAware:
         )
         counts = target != IGNORE_INDEX
         # Ignored positions may hold NaN: masked here, they have no gradient.
-        logsumexp, picked, mean = (
-            field.where(counts, 0) for field in (stats.logsumexp, stats.picked[..., 0], stats.mean)
-        )
-        losses = token_loss(logsumexp, picked, mean, self.label_smoothing, 0.0)
+        fields = (stats.max, stats.relative_logsumexp, stats.picked[..., 0], stats.relative_mean)
+        largest, logsumexp, picked, mean = (field.where(counts, 0) for field in fields)
+        losses = token_loss(largest, logsumexp, picked, mean, self.label_smoothing, 0.0)
         rows = torch.arange(len(choices), device=input.device)
         picked = stats.picked[rows, answer_position, 1:]
         question = self.tokens * self.ece_weight * self._ece(picked, choices, bin_right, bin_size)

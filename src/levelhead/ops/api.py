@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import checks, library
 from .loss import token_loss
+from .rows import Rows
 from .statistics import LogitStats, statistics_dtype
 
 Impl = Literal["reference", "chunked", "triton"]
@@ -23,9 +24,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
     reduction: Reduction = "mean",
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    z_loss: float = 0.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
+    z_loss: float | Tensor = 0.0,
     token_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
@@ -42,7 +43,14 @@ def linear_cross_entropy(
     and bias may stay float32, and their gradients do.
 
     With ``reduction="mean"`` or ``"sum"`` the gradient is taken in the forward pass, where one is needed; the first
-    backward consumes it in place, a second one recomputes it. A tensor that needs no gradient costs none.
+    backward consumes it in place, a second one, or one that runs at the same time, recomputes it. A tensor that needs
+    no gradient costs none. Until then the gradient is a saved tensor: an activation checkpoint drops that of its first
+    forward, and `torch.autograd.graph.save_on_cpu` moves it.
+
+    ``softcap``, ``logit_scale`` and ``z_loss`` may be tensors with one element, and change from call to call without
+    recompilation by `torch.compile`. They get no gradient, so one that requires a gradient is refused. The operator
+    reads them: on an accelerator that is a host synchronisation, for a tensor on the CPU none. The Triton kernels are
+    compiled for each value: where one changes at every step, prefer ``impl="chunked"``.
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
@@ -53,15 +61,17 @@ def linear_cross_entropy(
         target: ids in ``[0, V)`` or ``ignore_index``, shape ``(...)``, integer. Where no host synchronisation is
             needed to look at them (eager CPU) others raise; elsewhere they make the loss NaN.
         linear_bias: shape ``(V,)``.
-        ignore_index: targets of this value count nowhere; their rows may even hold NaN.
+        ignore_index: targets of this value count nowhere; their hidden states, weights and smoothing may even be NaN.
         label_smoothing: ``eps`` in [0, 1]: the target distribution is ``(1 - eps) * onehot + eps / V``. A tensor,
             shape ``()`` or that of ``target``, may change from step to step without recompilation; its values are
             not checked.
-        reduction: ``"mean"`` (over targets that count; by weight with ``token_weight``; NaN if there are none, as in
-            torch), ``"sum"`` or ``"none"``.
-        softcap: bound of the logits, ``> 0``, as in Gemma 2; None for none.
-        logit_scale: factor on projection and bias, as in Cohere and Granite; the inverse of a temperature.
-        z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311); not smoothed.
+        reduction: ``"mean"`` (over targets that count; by weight with ``token_weight``; NaN, as in torch, if there are
+            none or their weights sum to 0, and its gradient then 0), ``"sum"`` or ``"none"``.
+        softcap: bound of the logits, ``> 0``, as in Gemma 2; None for none; a number or of shape ``()``.
+        logit_scale: factor on projection and bias, as in Cohere and Granite, the inverse of a temperature; a number or
+            of shape ``()``.
+        z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311), not smoothed; a number or of
+            shape ``()``.
         token_weight: weight of each token's loss, shape of ``target``. ``"mean"`` divides by the sum of the weights
             that count, as torch does with class weights.
         impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
@@ -73,8 +83,9 @@ def linear_cross_entropy(
         for float64 inputs.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
-        ValueError: shapes or devices that do not go together; an option out of its range.
+        TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
+            together outside autocast; in `torch.jit.trace`.
+        ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
         RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
 
@@ -105,42 +116,63 @@ def linear_cross_entropy(
     x, ids = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     counts = ids != ignore_index
     weight = _token_weight(token_weight, counts, statistics_dtype(input.dtype))
+    if reduction == "mean":
+        total = weight.sum()
+        nothing = total == 0
+        weight = weight / total.masked_fill(nothing, torch.inf)
     if not in_range:  # nobody has looked: where the target is no id at all, the loss is NaN
-        outside = counts & ((ids < 0) | (ids >= linear_weight.shape[0]))
-        weight = weight.masked_fill(outside, torch.nan)
-    smoothing = _smoothing(label_smoothing, weight)
-    model = (softcap, float(logit_scale))
+        valid = ids.where(
+            counts, 0
+        )  # not two masks and `&`, which DTensors get wrong in inference mode
+        weight = weight.where(valid == valid.clamp(0, linear_weight.shape[0] - 1), torch.nan)
+    smoothing = _smoothing(label_smoothing, weight, counts)
+    plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
+    z_loss, *model = (_option(value, plain) for value in (z_loss, softcap, logit_scale))
 
     needed = _gradients_needed(input, linear_weight, linear_bias)
     exotic = _gradients_needed(token_weight, label_smoothing)
     fused_gradient = any(needed) and not any(exotic) and not sharded and not library.transformed()
     if reduction != "none" and fused_gradient:
-        total = weight.sum()
-        if reduction == "mean":
-            weight = torch.where(counts, weight / total, 0)
-        fused: tuple[Tensor, ...] = library.linear_cross_entropy(
+        options, variables = _variables(z_loss, *model)
+        loss: Tensor
+        loss, *_ = library.linear_cross_entropy(
             x,
             linear_weight,
             ids,
             linear_bias,
             weight,
             smoothing,
-            float(z_loss),
-            *model,
+            *options,
             needed,
             impl,
+            variables,
             library.VERSION,
         )
-        # The mean of nothing is NaN, as in torch, and its gradient zero.
-        return fused[0] if reduction == "sum" else fused[0].masked_fill(total == 0, torch.nan)
+    else:
+        # Eager on a CPU, ignored tokens are left out here already: backward leaves them out, and fewer rows are rounded
+        # otherwise.
+        leave_out = in_range and not checks.is_dtensor(x) and not library.transformed()
+        rows = Rows(counts) if leave_out else None
+        if rows is not None:
+            x, ids, weight, counts = (rows.take(tensor) for tensor in (x, ids, weight, counts))
+            smoothing = None if smoothing is None else rows.take(smoothing)
+        stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, model, impl)
+        # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
+        logsumexp, picked, mean, _, largest, _ = stats
+        largest, logsumexp, picked, mean = (
+            field.view_as(ids).where(counts, 0) for field in (largest, logsumexp, picked, mean)
+        )
+        z_loss = z_loss.to(weight) if isinstance(z_loss, Tensor) else z_loss
+        losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss)
+        if reduction == "none":
+            return (losses if rows is None else rows.put(losses)).reshape(target.shape)
+        loss = losses.sum()
+    # The mean of nothing is NaN, as in torch, and its gradient zero.
+    return loss.masked_fill(nothing, torch.nan) if reduction == "mean" else loss
 
-    stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, *model, impl)
-    # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
-    logsumexp, picked, mean = (field.view_as(ids).where(counts, 0) for field in stats[:3])
-    losses = weight * token_loss(logsumexp, picked, mean, smoothing, float(z_loss))
-    if reduction == "none":
-        return losses.reshape(target.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / weight.sum()
+
+# A graph of torch.fx.symbolic_trace, which knows no values, holds the call of the module below as it is.
+torch.fx.wrap("linear_cross_entropy")
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -158,9 +190,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: see :func:`linear_cross_entropy`, as for all that follow.
         label_smoothing: in [0, 1].
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        softcap: bound of the logits, or None.
-        logit_scale: factor on the logits before the softcap.
-        z_loss: weight of ``logsumexp**2``.
+        softcap: bound of the logits, or None; a number or of shape ``()``, not to be trained, as the two that follow.
+        logit_scale: factor on the logits before the softcap; a number or of shape ``()``.
+        z_loss: weight of ``logsumexp**2``; a number or of shape ``()``.
         impl: ``"triton"``, ``"chunked"``, ``"reference"`` or None to choose.
 
     Shape:
@@ -168,7 +200,7 @@ class LinearCrossEntropyLoss(nn.Module):
         float64.
 
     Raises:
-        TypeError, ValueError, IndexError: in forward, as :func:`linear_cross_entropy` does.
+        TypeError, ValueError, IndexError, RuntimeError: in forward, as :func:`linear_cross_entropy` does.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -185,9 +217,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        z_loss: float = 0.0,
+        softcap: float | Tensor | None = None,
+        logit_scale: float | Tensor = 1.0,
+        z_loss: float | Tensor = 0.0,
         impl: Impl | None = None,
     ) -> None:
         super().__init__()
@@ -215,6 +247,7 @@ class LinearCrossEntropyLoss(nn.Module):
             TypeError: as :func:`linear_cross_entropy`.
             ValueError: as :func:`linear_cross_entropy`.
             IndexError: as :func:`linear_cross_entropy`.
+            RuntimeError: as :func:`linear_cross_entropy`.
         """
         return linear_cross_entropy(
             input,
@@ -243,8 +276,8 @@ def linear_logit_stats(
     picks: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     impl: Impl | None = None,
 ) -> LogitStats:
     """Statistics of the logits ``z = softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) / softcap)``.
@@ -252,8 +285,11 @@ def linear_logit_stats(
     What a loss, a distillation target or a calibration metric needs, without the logits in memory. Differentiable
     in ``logsumexp``, ``picked``, ``mean`` and ``expected``; the backward recomputes the logits tile by tile.
 
+    ``softcap`` and ``logit_scale`` may be tensors, as in :func:`linear_cross_entropy`.
+
     Precision: statistics and products accumulate in float32 (float64 for float64 inputs) whatever the input; each
-    gradient accumulates in float32 and is rounded once to its tensor's dtype.
+    gradient accumulates in float32 and is rounded once to its tensor's dtype. An offset of the logits costs no
+    digits of ``log_probs``, ``entropy`` and ``confidence``.
 
     Args:
         input: hidden states, shape ``(..., D)``, any strides; float16, bfloat16, float32 or float64.
@@ -262,8 +298,8 @@ def linear_logit_stats(
         picks: vocabulary ids, one or K a token, shape ``(...)`` or ``(..., K)``, integer; repeats allowed. An id
             outside ``[0, V)``, such as an ignored target, picks nothing: 0, without gradient.
         linear_bias: shape ``(V,)``.
-        softcap: bound of the logits, ``> 0``; None for none.
-        logit_scale: factor on projection and bias; the inverse of a temperature.
+        softcap: bound of the logits, ``> 0``; None for none; a number or of shape ``()``.
+        logit_scale: factor on projection and bias, the inverse of a temperature; a number or of shape ``()``.
         impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
             ``"reference"`` (dense: the oracle, not for training), or None to choose: ``"triton"`` where it runs,
             ``"chunked"`` elsewhere.
@@ -272,8 +308,9 @@ def linear_logit_stats(
         LogitStats, fields of shape ``(...)``, picked that of ``picks``; nats; float32 or float64, argmax int64.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together outside autocast.
-        ValueError: shapes or devices that do not go together; an option out of its range.
+        TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
+            together outside autocast; in `torch.jit.trace`.
+        ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
         RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
 
     References:
@@ -283,8 +320,7 @@ def linear_logit_stats(
         >>> import torch, levelhead
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(32, 8)
         >>> stats = levelhead.linear_logit_stats(hidden, weight, torch.randint(32, (2, 5, 3)))
-        >>> confidence = (stats.max - stats.logsumexp).exp()
-        >>> confidence.shape, stats.picked.shape
+        >>> stats.confidence.shape, stats.log_probs.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 3]))
     """
     input = _autocast(input)
@@ -299,15 +335,14 @@ def linear_logit_stats(
     n = math.prod(tokens)  # tokens.numel() would be a constant to torch.export
     x = input.reshape(n, input.shape[-1])
     ids = picks.long().reshape(n, per_token)
-    stats = _stats(sharded, x, linear_weight, ids, linear_bias, softcap, float(logit_scale), impl)
-    logsumexp, picked, mean, expected, largest, argmax = stats
+    plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
+    model = [_option(value, plain) for value in (softcap, logit_scale)]
+    stats = _stats(sharded, x, linear_weight, ids, linear_bias, model, impl)
+    logsumexp, picked, *others = stats
     return LogitStats(
         logsumexp.reshape(tokens),
         picked.reshape(picks.shape),
-        mean.reshape(tokens),
-        expected.reshape(tokens),
-        largest.reshape(tokens),
-        argmax.reshape(tokens),
+        *(field.reshape(tokens) for field in others),
     )
 
 
@@ -327,8 +362,18 @@ def _is_sharded(
     return False
 
 
-def _stats(sharded: bool, *args: Any) -> tuple[Tensor, ...]:
+def _stats(
+    sharded: bool,
+    x: Tensor,
+    linear_weight: Tensor,
+    ids: Tensor,
+    linear_bias: Tensor | None,
+    model: list[float | Tensor | None],
+    impl: str | None,
+) -> tuple[Tensor, ...]:
     """Return the statistics (N,) and (N, K) of flat arguments; those of a sharded head are merged over its ranks."""
+    options, variables = _variables(*model)
+    args: Any = (x, linear_weight, ids, linear_bias, *options, impl, variables)
     if sharded:
         from .vocab_parallel import linear_logit_stats as of_shards
 
@@ -336,8 +381,54 @@ def _stats(sharded: bool, *args: Any) -> tuple[Tensor, ...]:
     return library.differentiable_stats(*args)
 
 
+def _option(value: Any, plain: bool) -> Any:
+    """Return softcap, logit_scale or z_loss as a number, as a tensor (), or as None.
+
+    Beside DTensors, ``plain`` is false, a tensor is read: they take no plain one.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return float(value)
+    value = value.detach().reshape(())
+    if checks.is_dtensor(value):
+        value = value.full_tensor()
+    return value if plain else value.item()
+
+
+def _variables(*options: Any) -> tuple[list[float | None], Tensor | None]:
+    """Return the numbers to compile in, and the options in one tensor where one may change from call to call.
+
+    That is a tensor, or a number that the compiler takes for a variable since it saw a second one.
+    """
+    if not any(map(_is_variable, options)):
+        return list(options), None
+    devices = [option.device for option in options if isinstance(option, Tensor)]
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+    one = torch.ones((), device=device, dtype=dtype)
+    variables = torch.stack(
+        [
+            option.to(one)
+            if isinstance(option, Tensor)
+            else one * (1.0 if option is None else option)
+            for option in options
+        ]
+    )
+    return [None if option is None else 1.0 for option in options], variables
+
+
+def _is_variable(option: Any) -> bool:
+    if not torch.compiler.is_compiling() or isinstance(option, Tensor):
+        return isinstance(option, Tensor)
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return option is not None and not has_static_value(option)
+
+
 def _autocast(input: Tensor) -> Tensor:
     """Cast as autocast would for a linear layer; the operators have autocast switched off."""
+    checks.check_tensor("input", input)
     device = input.device.type
     if not checks.autocast_is_on(device) or input.dtype == torch.float64:
         return input
@@ -356,9 +447,9 @@ def _token_weight(token_weight: Tensor | None, counts: Tensor, dtype: torch.dtyp
     return token_weight.reshape(-1).to(dtype).where(counts, 0)
 
 
-def _smoothing(label_smoothing: float | Tensor, weight: Tensor) -> Tensor | None:
-    """Return each token's smoothing (N,), None for none."""
+def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) -> Tensor | None:
+    """Return each token's smoothing (N,), 0 where ignored; None for none."""
     if not isinstance(label_smoothing, Tensor):
         # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
         return torch.ones_like(weight) * label_smoothing if label_smoothing else None
-    return label_smoothing.to(weight).reshape(-1).expand_as(weight)
+    return label_smoothing.to(weight).reshape(-1).expand_as(weight).where(counts, 0)

@@ -2,23 +2,58 @@
 
 import importlib.util
 import math
+import numbers
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Refuse what is no dense tensor; and torch.jit.trace."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r:.60}; {_cure(tensor)}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must have one shape for all sequences, got a nested tensor; give the tokens of all sequences in "
+            f"one row, as {name}.values() of a jagged one has them, or pad with torch.nested.to_padded_tensor, and "
+            "target with ignore_index"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise TypeError(
+            "levelhead cannot be recorded by torch.jit.trace, which knows no argument that is a list of bool; use "
+            "torch.export.export or torch.compile"
+        )
+
+
+def _cure(value: Any) -> str:
+    if isinstance(value, torch.fx.Proxy):
+        return (
+            'so that torch.fx.symbolic_trace does not look inside, name the function: torch.fx.wrap("linear_cross_'
+            'entropy") beside `from levelhead import linear_cross_entropy`; or use torch.export.export'
+        )
+    if hasattr(value, "__array__"):
+        return "use torch.from_numpy"
+    return "use torch.tensor" if isinstance(value, list | tuple) else "give a tensor"
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """Refuse tensors that do not make a linear layer."""
-    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    named: dict[str, Any] = {"input": input, "linear_weight": linear_weight}
+    if linear_bias is not None:
+        named["linear_bias"] = linear_bias
     for name, tensor in named.items():
-        if tensor is None:
-            continue
+        check_tensor(name, tensor)
         if tensor.dtype not in _FLOATS:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -96,14 +131,63 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def _check_number(name: str, value: object, without: str) -> None:
+    """Refuse what is no real number; ``without``: what to give for no such thing."""
+    if type(value) in (float, int):
+        return
+    if isinstance(value, bool) or not isinstance(
+        value, numbers.Real | torch.SymInt | torch.SymFloat
+    ):
+        cure = f"use float({value!r})" if isinstance(value, str) else f"{without} is none"
+        raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
+
+
+def _numbers(name: str, value: object, without: str, trained: str) -> list[float]:
+    """Return an option's number, if it can be looked at without a host synchronisation; refuse what is none.
+
+    Args:
+        name: of the option.
+        value: a number, or a tensor with one.
+        without: what to give for no such thing.
+        trained: what to do where the option is to be trained.
+    """
+    if not isinstance(value, Tensor):
+        _check_number(name, value, without)
+        return [value]  # type: ignore[list-item]
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a number or a tensor with one, got shape {tuple(value.shape)}"
+        )
+    if value.dtype not in _FLOATS + _INTEGERS:
+        raise TypeError(f"{name} must be a number, got {value.dtype}")
+    if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
+        raise ValueError(
+            f"{name} requires a gradient, which levelhead does not compute: it would not be trained. Give "
+            f"{name}.detach() to hold it fixed; to train it, {trained}"
+        )
+    found: list[float] = unwrapped(value).flatten().tolist() if can_look(value) else []
+    return found
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def check_options(
-    softcap: float | None, logit_scale: float, impl: str | None, input: Tensor
+    softcap: float | Tensor | None, logit_scale: float | Tensor, impl: str | None, input: Tensor
 ) -> None:
     """Refuse options out of their range."""
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be a positive number, got {logit_scale}")
+    dense = "compute the loss from logits with torch.nn.functional.cross_entropy"
+    caps = [] if softcap is None else _numbers("softcap", softcap, "None", dense)
+    scales = _numbers("logit_scale", logit_scale, "1.0", "multiply input and linear_bias by it")
+    for cap in caps:
+        if not 0 < cap < math.inf:
+            raise ValueError(f"softcap must be a positive number or None, got {cap}")
+    for scale in scales:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"logit_scale must be a positive number, got {scale}")
     if impl not in (None, "chunked", "reference", "triton"):
         raise ValueError(
             f"unknown impl {impl!r}; expected None, 'chunked', 'triton' or 'reference'"
@@ -131,25 +215,36 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def check_loss_options(
-    label_smoothing: float | Tensor, reduction: str, z_loss: float, target: Tensor
+    label_smoothing: float | Tensor, reduction: str, z_loss: float | Tensor, target: Tensor
 ) -> None:
     """Refuse options of the loss out of their range."""
+    if not isinstance(reduction, str):
+        raise TypeError(
+            f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}; 'none' is a loss for each token"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be a number >= 0, got {z_loss}")
-    if isinstance(label_smoothing, Tensor):
-        if label_smoothing.dim() and label_smoothing.shape != target.shape:
-            raise ValueError(
-                f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
-                f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
-            )
-    elif not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    by_hand = "add it times the square of the logsumexp that linear_logit_stats returns"
+    for factor in _numbers("z_loss", z_loss, "0.0", by_hand):
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"z_loss must be a number >= 0, got {factor}")
+    if not isinstance(label_smoothing, Tensor):
+        _check_number("label_smoothing", label_smoothing, "0.0")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        return
+    if label_smoothing.dtype not in _FLOATS:
+        raise TypeError(f"label_smoothing must be floating point, got {label_smoothing.dtype}")
+    if label_smoothing.dim() and label_smoothing.shape != target.shape:
+        raise ValueError(
+            f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
+            f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
+        )
 
 
 def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
     """Refuse ids whose dtype, device or shape does not fit input; ``several``: (..., K) fits too."""
+    check_tensor(name, ids)
     if ids.dtype not in _INTEGERS:
         hint = "; class probabilities are not supported" if ids.dtype in _FLOATS else ""
         raise TypeError(f"{name} must hold integer ids, got {ids.dtype}{hint}")
@@ -166,6 +261,7 @@ def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
 
 def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
     """Refuse weights that do not fit the targets."""
+    check_tensor("token_weight", token_weight)
     if token_weight.dtype not in _FLOATS:
         raise TypeError(f"token_weight must be floating point, got {token_weight.dtype}")
     if token_weight.device != target.device:
@@ -180,17 +276,14 @@ def check_token_weight(token_weight: Tensor, target: Tensor) -> None:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Return whether values can be looked at without a host synchronisation: of plain CPU tensors, untraced."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
+    """Return whether values can be looked at without a host synchronisation: of CPU tensors that nothing traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and _has_values(tensor)
 
 
 def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bool:
     """Refuse targets outside the vocabulary; return False where looking at them would need a host synchronisation."""
+    if type(ignore_index) is not int:
+        _check_integer("ignore_index", ignore_index)
     if not can_look(target):
         return False
     target = unwrapped(target)  # of a batch, the whole
@@ -202,3 +295,22 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bo
             f"ignore_index = {ignore_index}; {int(outside.sum())} of {target.numel()} targets are"
         )
     return True
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(
+            f"{name} must be an integer, got {value!r}; where every target counts, any that is no id, such as -100"
+        )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor's values can be read: not those of a DTensor, nor while make_fx records."""
+    plain = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    return plain and torch._C._get_dispatch_mode(_PROXY) is None and not is_recorded_early()
+
+
+def is_recorded_early() -> bool:
+    """Return whether make_fx(pre_dispatch=True) records."""
+    mode = torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)  # type: ignore[no-untyped-call]
+    return mode is not None

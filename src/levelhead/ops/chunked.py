@@ -67,7 +67,7 @@ def linear_logit_stats(
         x, ids, stats = input[rows], picks[rows], empty_set(picks[rows], dtype)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
             t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
-            part = tile.stats(t, softcap or 1, ids, columns.start, _view(scratch, x, weight))
+            part = tile.stats(t, softcap, ids, columns.start, _view(scratch, x, weight))
             stats = merge(stats, columns.start, part, len(weight))
         parts.append(stats)
     return LogitStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
@@ -80,8 +80,9 @@ def linear_logit_stats_backward(
     linear_weight: Tensor,  # (V, D)
     picks: Tensor,  # (N, K)
     linear_bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,)
-    expected: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,), relative to the largest logit
+    expected: Tensor,  # (N,), relative to the largest logit
+    largest: Tensor,  # (N,)
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
@@ -89,11 +90,12 @@ def linear_logit_stats_backward(
     """Return the gradients of input, weight and bias; None where not needed."""
     kept, size = Rows(keep), len(linear_weight)
     input, picks, gradient = kept.take(input), kept.take(picks), gradient.map(kept.take)
-    logsumexp, expected = kept.take(logsumexp, fill=torch.inf), kept.take(expected)
+    total, expected = kept.take(logsumexp).exp(), kept.take(expected)
+    largest = kept.take(largest, fill=torch.inf)  # above it the probability of every entry is 0
     dtype = statistics_dtype(input.dtype)
     buffers = 2 if gradient.expected is None else 3
     tokens, entries = _tile_shape(input, linear_weight, dtype, buffers=buffers)
-    t_buffer, p_buffer = torch.empty(2, tokens * entries, dtype=dtype, device=input.device)
+    buffer = torch.empty(buffers, tokens * entries, dtype=dtype, device=input.device)
     dx = zeros(input, gradient_dtypes[0], dtype)
     dw = zeros(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
     db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
@@ -102,9 +104,13 @@ def linear_logit_stats_backward(
         dw_tile = None if dw is None else dw[columns].to(dtype)
         for rows in slices(len(input), tokens):
             x, ids, g = input[rows], picks[rows], gradient.map(itemgetter(rows))
-            t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
-            p = tile.exp(t, softcap or 1, logsumexp[rows], out=_view(p_buffer, x, weight))
-            da = tile.gradient_(p, t, ids, columns.start, g, expected[rows], size, softcap)
+            t, r, p = (_view(buffer[i], x, weight) for i in (0, 1, -1))
+            tile.fill_(t, x, weight, bias, softcap, logit_scale)
+            tile.relative(tile.logits(t, softcap, out=r), largest[rows], out=r)
+            da = tile.gradient_(
+                torch.exp(r, out=p), t, ids, columns.start, g, total[rows], size, softcap,
+                r, expected[rows],
+            )  # fmt: skip
             tile.multiply_out_(da, x, weight, logit_scale, at(dx, rows), dw_tile, at(db, columns))
         if dw is not None and dw_tile is not None and dw.dtype != dtype:
             dw[columns] = dw_tile
@@ -122,8 +128,8 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Return sum_i token_weight_i * loss_i, the logsumexp (N,) and the gradients of the sum."""
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
     kept, size = Rows(token_weight != 0), len(linear_weight)
     input, picks, token_weight = (kept.take(t) for t in (input, target[:, None], token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing)
@@ -135,18 +141,21 @@ def linear_cross_entropy(
     dw = zeros(linear_weight, gradient_dtypes[1], dtype)
     db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     scale = float16_scale(token_weight) if input.dtype == torch.float16 else None
-    losses, logsumexps = [token_weight[:0]], [token_weight[:0]]
+    none = token_weight[:0]
+    losses, logsumexps, maxima = [none], [none], [none]
     for rows in slices(len(input), tokens):
         x, ids, w, eps = input[rows], picks[rows], token_weight[rows], at(smoothing, rows)
         t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
-        picked, mean, logsumexp, total = tile.softmax(t, softcap or 1, ids, out=exps)
-        loss = w * token_loss(logsumexp, picked[:, 0], mean, eps, z_loss)
+        picked, mean, largest, total = tile.softmax(t, softcap, ids, out=exps)
+        logsumexp = total.log()
+        loss = w * token_loss(largest, logsumexp, picked[:, 0], mean, eps, z_loss)
         losses.append(loss.masked_fill(w == 0, 0))  # where it is infinite or NaN, too
         logsumexps.append(logsumexp)
-        g = token_loss_backward(w if scale is None else w * scale, logsumexp, eps, z_loss)
-        da = tile.gradient_(exps, t, ids, 0, g, None, size, softcap, total)
+        maxima.append(largest)
+        g = token_loss_backward(w if scale is None else w * scale, largest, logsumexp, eps, z_loss)
+        da = tile.gradient_(exps, t, ids, 0, g, total, size, softcap)
         for columns, weight, _ in _head_tiles(input, linear_weight, None, size):
             tile.multiply_out_(
                 da[:, columns], x, weight, logit_scale,
@@ -155,7 +164,8 @@ def linear_cross_entropy(
     if scale is not None:
         dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
     gradients = finish((dx, dw, db), gradient_dtypes, kept)
-    return torch.cat(losses).sum(), kept.put(torch.cat(logsumexps)), gradients
+    logsumexp, largest = (kept.put(torch.cat(parts)) for parts in (logsumexps, maxima))
+    return torch.cat(losses).sum(), logsumexp, largest, gradients
 
 
 def buffer_budget(linear_weight: Tensor) -> int:

@@ -30,7 +30,7 @@ def _linear_logit_stats(input: Any, linear_weight: Any, *_: Any, **__: Any) -> i
 
 
 def _linear_logit_stats_backward(*args: Any, **_: Any) -> int:
-    input, linear_weight, output_mask = args[4], args[5], args[12]
+    input, linear_weight, output_mask = args[4], args[5], args[13]
     return _product(input, linear_weight) * _products(output_mask)
 
 

@@ -101,13 +101,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.needed = list(ctx.needs_input_grad[:2])  # kept: as in library.py
     ctx.save_for_backward(*inputs[:3])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:2])
-    dx, dw = linear_gather_backward(grad.contiguous(), *ctx.saved_tensors, needed)
-    return dx if needed[0] else None, dw if needed[1] else None, None, None
+    dx, dw = linear_gather_backward(grad.contiguous(), *ctx.saved_tensors, ctx.needed)
+    return dx if ctx.needed[0] else None, dw if ctx.needed[1] else None, None, None
 
 
 linear_gather_products.register_autograd(_backward, setup_context=_setup_context)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from . import checks, flops, vmap
@@ -51,12 +52,14 @@ def linear_logit_stats(
     softcap: float | None,
     logit_scale: float,
     impl: str | None,
+    variables: Tensor | None = None,  # (2,), in place of softcap and logit_scale
     version: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of LogitStats."""
+    model = _values(variables, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
         stats: LogitStats = implementation(impl, input).linear_logit_stats(
-            input, linear_weight, picks, linear_bias, softcap, logit_scale
+            input, linear_weight, picks, linear_bias, *model
         )
     return stats
 
@@ -83,12 +86,14 @@ def linear_logit_stats_backward(
     linear_weight: Tensor,  # (V, D)
     picks: Tensor,  # (N, K)
     linear_bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,)
-    expected: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,), relative to the largest logit
+    expected: Tensor,  # (N,), relative to the largest logit
+    largest: Tensor,  # (N,)
     softcap: float | None,
     logit_scale: float,
     output_mask: list[bool],
     impl: str | None,
+    variables: Tensor | None = None,  # (2,), in place of softcap and logit_scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight and bias, empty where ``output_mask`` is false."""
     gradient = StatsGradient(grad_logsumexp, grad_picked, grad_mean, grad_expected)
@@ -97,17 +102,18 @@ def linear_logit_stats_backward(
         if field is not None:
             keep |= (field != 0) if field.dim() == 1 else (field != 0).any(1)
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
+    model = _values(variables, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
         gradients = implementation(impl, input).linear_logit_stats_backward(
             gradient, keep, input, linear_weight, picks, linear_bias,
-            logsumexp, expected, softcap, logit_scale, dtypes,
+            logsumexp, expected, largest, *model, dtypes,
         )  # fmt: skip
     return _some(gradients, input)
 
 
 @linear_logit_stats_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[12]
+    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[13]
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
     return _empty_gradients(input, linear_weight, dtypes)
 
@@ -125,49 +131,58 @@ def linear_cross_entropy(
     logit_scale: float,
     output_mask: list[bool],
     impl: str | None,
+    variables: Tensor | None = None,  # (3,), in place of z_loss, softcap and logit_scale
     version: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return sum_i token_weight_i * loss_i, logsumexp (N,) and the gradients of input, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return sum_i token_weight_i * loss_i, two statistics and the gradients of input, weight and bias.
 
+    The statistics are logsumexp relative to max, and max, (N,): what recomputed gradients need.
     The gradients of float16 tensors are float32, so that a loss scale still finds what float16 would have lost.
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
+    options = _values(variables, z_loss, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
-        loss, logsumexp, gradients = implementation(impl, input).linear_cross_entropy(
+        loss, logsumexp, largest, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
-            z_loss, softcap, logit_scale, dtypes,
+            *options, dtypes,
         )  # fmt: skip
-    return loss, logsumexp, *_some(gradients, input)
+    return loss, logsumexp, largest, *_some(gradients, input)
 
 
 @linear_cross_entropy.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (input, linear_weight, _, linear_bias, token_weight), output_mask = args[:5], args[9]
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     gradients = _empty_gradients(input, linear_weight, dtypes)
-    return token_weight.new_empty(()), token_weight.new_empty(token_weight.shape), *gradients
+    logsumexp, largest = (token_weight.new_empty(token_weight.shape) for _ in range(2))
+    return token_weight.new_empty(()), logsumexp, largest, *gradients
 
 
 # Autograd.
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, picks, linear_bias, ctx.softcap, ctx.logit_scale, ctx.impl, _ = inputs
+    input, linear_weight, picks, linear_bias, *options, variables, _ = inputs
+    ctx.softcap, ctx.logit_scale, ctx.impl = options
     stats = LogitStats(*output)
+    # Kept, because torch.library changes it for the time of a backward, and two may run at once.
+    ctx.mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, linear_weight, picks, linear_bias, stats.logsumexp, stats.expected)
+    head = input, linear_weight, picks, linear_bias
+    saved = stats.relative_logsumexp, stats.relative_expected, stats.max, variables
+    ctx.save_for_backward(*head, *saved)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     logsumexp, picked, mean, expected, _, _ = grad_outputs
+    *saved, variables = ctx.saved_tensors
     gradients = differentiable_stats_backward(
-        logsumexp, picked, mean, expected, *ctx.saved_tensors,
-        ctx.softcap, ctx.logit_scale, mask, ctx.impl,
+        logsumexp, picked, mean, expected, *saved,
+        ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables,
     )  # fmt: skip
-    dx, dw, db = _none_where_not_needed(gradients, mask)
-    return dx, dw, None, db, *(None,) * 4
+    dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
+    return dx, dw, None, db, *(None,) * 5
 
 
 linear_logit_stats.register_autograd(_stats_backward, setup_context=_save_stats)
@@ -186,63 +201,100 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, target, linear_bias, token_weight, label_smoothing, *options = inputs
-    ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, _ = options
-    _, logsumexp, *gradients = output
-    ctx.mark_non_differentiable(logsumexp, *gradients)
+    *tensors, ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables, _ = inputs
+    _, logsumexp, largest, *gradients = output
+    ctx.mark_non_differentiable(logsumexp, largest, *gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
-    ctx.gradients = gradients
-    ctx.save_for_backward(
-        input, linear_weight, target, linear_bias, token_weight, label_smoothing, logsumexp
-    )
+    # The gradients are saved like the rest: a checkpoint then drops those of its first forward.
+    ctx.save_for_backward(*tensors, variables, logsumexp, largest, *gradients)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 12
-    # Before anything is scaled in place, which selective checkpointing watches for when it hands them out.
-    input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
-    if ctx.gradients is None or torch.is_grad_enabled() or transformed() or _is_batch(grad_loss):
-        gradients = _recomputed_gradients(ctx, grad_loss)
+        return (None,) * 13
+    # Read once: a checkpoint hands them out once in a backward.
+    *saved, dx, dw, db = ctx.saved_tensors
+    input, linear_weight, _, linear_bias, *_ = saved
+    stored: tuple[Tensor, ...] = (dx, dw, db)
+    if torch.is_grad_enabled() or transformed() or _is_batch(grad_loss) or not _claim(stored):
+        gradients = _recomputed_gradients(ctx, grad_loss, *saved)
     else:
-        gradients = tuple(_scaled(gradient, grad_loss) for gradient in ctx.gradients)
-        ctx.gradients = None
+        gradients = tuple(_scaled(gradient, grad_loss) for gradient in stored)
     dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
     return (
         None if dx is None else dx.to(input.dtype),
         None if dw is None else dw.to(linear_weight.dtype),
         None,
         None if db is None else db.to(linear_bias.dtype),
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
 linear_cross_entropy.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
-def _recomputed_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
+def _recomputed_gradients(
+    ctx: Any,
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    token_weight: Tensor,
+    label_smoothing: Tensor | None,
+    variables: Tensor | None,
+    logsumexp: Tensor,
+    largest: Tensor,
+) -> tuple[Tensor, ...]:
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
-    input, linear_weight, target, linear_bias, token_weight, eps, logsumexp = ctx.saved_tensors
-    gradient = token_loss_backward(grad_loss * token_weight, logsumexp, eps, ctx.z_loss)
+    z_loss = ctx.z_loss if variables is None else variables[0]
+    model = None if variables is None else variables[1:]
+    gradient = token_loss_backward(
+        grad_loss * token_weight, largest, logsumexp, label_smoothing, z_loss
+    )
     return differentiable_stats_backward(
         *gradient, input, linear_weight, target[:, None], linear_bias,
-        logsumexp, logsumexp, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl,
+        logsumexp, logsumexp, largest, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, model,
     )  # fmt: skip
+
+
+def _claim(gradients: tuple[Tensor, ...]) -> bool:
+    """Return whether these stored gradients are this backward's to overwrite: the first one to ask gets them.
+
+    The claim stands on the memory: hooks on saved tensors may hand out the same memory as new tensors, which is spent,
+    or a copy or what a checkpoint has recomputed, which is not. Two backward passes may ask at once, and `setdefault`
+    is atomic.
+    """
+    if not all(map(_is_overwritten, gradients)):
+        return True
+    claim = object()
+    return all(
+        vars(gradient.untyped_storage()).setdefault("_levelhead_claim", claim) is claim
+        for gradient in gradients
+    )
 
 
 def _is_batch(gradient: Tensor) -> bool:
     """Return whether an upstream gradient is a batch of them, of torch.autograd.grad(is_grads_batched=True)."""
     compiling = torch.compiler.is_compiling()  # which would stumble over the question
-    return not compiling and torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return not compiling and functorch.is_legacy_batchedtensor(gradient)
+
+
+def _is_overwritten(gradient: Tensor) -> bool:
+    """Return whether a stored gradient is scaled in place; a compiler fuses the product, and reuses what it may."""
+    return not torch.compiler.is_compiling() and type(gradient) is Tensor
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Return a stored gradient times the upstream gradient (), rounded once; in place where that is possible."""
     # A 0-dim factor would be rounded to a narrow gradient's dtype first; shape (1,) lifts the product to float32.
     factor = factor.reshape(1)
-    if type(gradient) is not Tensor:  # traced: the compiler fuses this, and reuses what it may
+    if not _is_overwritten(gradient):
         return (gradient * factor).to(gradient.dtype)
+    # A tensor of its own on the same memory: autograd may then keep it as the `grad` of a parameter, and does not take
+    # the stored one for changed, which a second backward unpacks but does not use.
+    gradient = gradient.data
     if gradient.dtype == factor.dtype:
         return gradient.mul_(factor)
     for start in range(0, len(gradient), _SCALED_ROWS):
@@ -255,8 +307,27 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Return whether torch.func (grad, vjp, vmap, ...) or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Return whether torch.func (grad, vjp, vmap, ...) or forward-mode differentiation is under way.
+
+    Not torch.func.functionalize, which has nothing to do: the operators change none of their arguments.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():  # which would stumble over the questions below
+        return True
+    functionalize = functorch.TransformType.Functionalize
+    functional = {level.key() == functionalize for level in functorch.get_interpreter_stack()}
+    if len(functional) > 1:
+        raise RuntimeError(
+            "levelhead does not run under torch.func.functionalize together with another transform of torch.func, for "
+            "which torch has no rule. Leave functionalize out: levelhead's operators change none of their arguments"
+        )
+    if checks.is_recorded_early():
+        raise RuntimeError(
+            "make_fx(pre_dispatch=True) cannot record a transform of torch.func (grad, vmap, ...) around levelhead, "
+            "which is an autograd.Function there. Leave pre_dispatch out"
+        )
+    return functional == {False}
 
 
 def differentiable_stats(*args: Any) -> tuple[Tensor, ...]:
@@ -275,7 +346,7 @@ def differentiable_stats_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
-        "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, jacfwd or "
+        "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, linearize, jacfwd or "
         "hessian, or of torch.autograd.forward_ad) reached linear_cross_entropy or linear_logit_stats. Use reverse "
         "mode (torch.func.grad, vjp, jacrev), or compute the loss with "
         "torch.nn.functional.cross_entropy(input @ linear_weight.T, target) where tangents are needed."
@@ -336,7 +407,15 @@ def _(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
     return vmap.loop(linear_cross_entropy, info.batch_size, in_dims, args)
 
 
-# Shapes and dtypes.
+# Options, shapes and dtypes.
+
+
+def _values(variables: Tensor | None, *options: float | None) -> list[float | None]:
+    """Return the options, or what stands for them in ``variables``, which the host must wait for on an accelerator."""
+    if variables is None:
+        return list(options)
+    values = zip(options, variables.tolist(), strict=True)
+    return [None if option is None else value for option, value in values]
 
 
 def _gradient_dtypes(

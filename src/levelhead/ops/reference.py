@@ -3,9 +3,9 @@
 For tokens ``x (N, D)``, head ``W (V, D)`` and ``b (V,)``::
 
     a = logit_scale * (x W^T + b)      t = tanh(a / softcap)      z = softcap * t      (z = a without softcap)
-    p = softmax(z)
+    r = z - max_v z_v                  p = softmax(z) = exp(r) / sum_v exp(r_v)
 
-    dz_v = p_v * (g_lse + g_exp * (1 + z_v - expected)) + g_mean / V + sum_k g_picked,k [v = id_k]
+    dz_v = p_v * (g_lse + g_exp * (1 + r_v - expected)) + g_mean / V + sum_k g_picked,k [v = id_k]
     da   = dz * (1 - t^2)
     dx   = logit_scale * da W        dW = logit_scale * da^T x        db = logit_scale * sum_i da_i
 
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from .loss import token_loss, token_loss_backward
 from .rows import Rows
-from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
+from .statistics import (
+    GradientDtypes,
+    Gradients,
+    LogitStats,
+    StatsGradient,
+    anchor,
+    statistics_dtype,
+)
 
 
 def linear_logit_stats(
@@ -31,12 +38,13 @@ def linear_logit_stats(
 ) -> LogitStats:
     """Return the statistics of the logits, fields of shape (N,) and (N, K)."""
     z, _ = _logits(input, linear_weight, linear_bias, softcap, logit_scale)
-    logsumexp = z.logsumexp(1)
     inside = (picks >= 0) & (picks < z.shape[1])
     picked = z.gather(1, picks.where(inside, 0)).masked_fill(~inside, 0)
-    expected = ((z - logsumexp[:, None]).exp() * _finite(z)).sum(1)
     largest, argmax = z.max(1)
-    return LogitStats(logsumexp, picked, z.mean(1), expected, largest, argmax)
+    r = z - anchor(largest)[:, None]
+    total = r.exp().sum(1)  # at least 1, the largest entry's, or 0 where all are masked out
+    expected = (r.exp() * _finite(r)).sum(1) / total.clamp(min=1)
+    return LogitStats(total.log(), picked, r.mean(1), expected, largest, argmax)
 
 
 def linear_logit_stats_backward(
@@ -46,8 +54,9 @@ def linear_logit_stats_backward(
     linear_weight: Tensor,  # (V, D)
     picks: Tensor,  # (N, K)
     linear_bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,)
-    expected: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,), relative to the largest logit
+    expected: Tensor,  # (N,), relative to the largest logit
+    largest: Tensor,  # (N,)
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
@@ -57,12 +66,13 @@ def linear_logit_stats_backward(
     g = gradient.map(rows.take)
     x, ids = _wide(rows.take(input)), rows.take(picks)  # (n, D), (n, K)
     z, slope = _logits(x, linear_weight, linear_bias, softcap, logit_scale)  # (n, V)
-    p = (z - rows.take(logsumexp, fill=torch.inf)[:, None]).exp()
+    r = z - anchor(rows.take(largest, fill=torch.inf))[:, None]
+    p = r.exp() / rows.take(logsumexp).exp()[:, None]
     dz = torch.zeros_like(z)
     if g.logsumexp is not None:
         dz += p * g.logsumexp[:, None]
     if g.expected is not None:
-        dz += p * g.expected[:, None] * (1 + _finite(z) - rows.take(expected)[:, None])
+        dz += p * g.expected[:, None] * (1 + _finite(r) - rows.take(expected)[:, None])
     if g.mean is not None:
         dz += g.mean[:, None] / z.shape[1]
     if g.picked is not None:
@@ -88,18 +98,18 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Return sum_i token_weight_i * loss_i, the logsumexp (N,) and the gradients of the sum."""
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
     head = (linear_weight, target[:, None], linear_bias)
     stats = linear_logit_stats(input, *head, softcap, logit_scale)
-    picked = stats.picked[:, 0]
-    loss = token_loss(stats.logsumexp, picked, stats.mean, label_smoothing, z_loss)
+    logsumexp, picked, mean, expected, largest, _ = stats
+    loss = token_loss(largest, logsumexp, picked[:, 0], mean, label_smoothing, z_loss)
     keep = token_weight != 0
     gradients = linear_logit_stats_backward(
-        token_loss_backward(token_weight, stats.logsumexp, label_smoothing, z_loss), keep, input,
-        *head, stats.logsumexp, stats.expected, softcap, logit_scale, gradient_dtypes,
+        token_loss_backward(token_weight, largest, logsumexp, label_smoothing, z_loss), keep, input,
+        *head, logsumexp, expected, largest, softcap, logit_scale, gradient_dtypes,
     )  # fmt: skip
-    return (token_weight * loss).masked_fill(~keep, 0).sum(), stats.logsumexp, gradients
+    return (token_weight * loss).masked_fill(~keep, 0).sum(), logsumexp, largest, gradients
 
 
 def _wide(tensor: Tensor) -> Tensor:

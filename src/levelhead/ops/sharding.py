@@ -100,11 +100,11 @@ def _(*args: Any) -> list[Rule]:
     _OPS.linear_logit_stats_backward.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules(_gradients(args[12]), "ttttththtt", args)
+    return _rules(_gradients(args[13]), "ttttththttt", args)
 
 
 @register_sharding(  # type: ignore[untyped-decorator]
     _OPS.linear_cross_entropy.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules("st" + _gradients(args[9]), "ththtt", args)
+    return _rules("stt" + _gradients(args[9]), "ththtt", args)

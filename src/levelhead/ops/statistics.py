@@ -21,25 +21,62 @@ class LogitStats(NamedTuple):
     """Per-token statistics of the logits ``z`` (tokens x vocabulary), in nats.
 
     Any loss, distillation target or calibration metric that needs only these never needs the logits.
-    With ``p = softmax(z)`` and ``V`` vocabulary entries:
+    Three are relative to the largest logit. A loss, a log-probability or an entropy is made of differences, which
+    then keep their digits however far from 0 the logits are: take them from the properties, not from ``logsumexp``,
+    ``mean`` and ``expected``, which are rounded as the logits themselves are. With ``p = softmax(z)`` and ``V``
+    vocabulary entries:
 
     Attributes:
-        logsumexp: ``log sum_v exp z_v``, the normaliser. Shape ``(...)``.
+        relative_logsumexp: ``log sum_v exp(z_v - max)``, in [0, log V]. Shape ``(...)``.
         picked: ``z`` at the given ids; 0 where an id lies outside the vocabulary. Shape of ``picks``.
-        mean: ``(1/V) sum_v z_v``, what label smoothing needs. Shape ``(...)``.
-        expected: ``sum_v p_v z_v``; the entropy is ``logsumexp - expected``. Shape ``(...)``.
-        max: the largest logit; the maximum softmax probability is ``exp(max - logsumexp)``. Shape ``(...)``.
+        relative_mean: ``(1/V) sum_v (z_v - max)``, what label smoothing needs. Shape ``(...)``.
+        relative_expected: ``sum_v p_v (z_v - max)``. Shape ``(...)``.
+        max: the largest logit. Shape ``(...)``.
         argmax: the id of the largest logit, the smallest such id in a tie; int64. Shape ``(...)``.
 
-    ``max`` and ``argmax`` are not differentiable. The rest are float32, or float64 for float64 logits.
+    ``max`` and ``argmax`` are not differentiable: to a gradient ``max`` is a constant, and a relative statistic has
+    the gradient of the absolute one. All but ``argmax`` are float32, or float64 for float64 logits.
     """
 
-    logsumexp: Tensor
+    relative_logsumexp: Tensor
     picked: Tensor
-    mean: Tensor
-    expected: Tensor
+    relative_mean: Tensor
+    relative_expected: Tensor
     max: Tensor
     argmax: Tensor
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """``log sum_v exp z_v``, the normaliser, shape ``(...)``; nats."""
+        return self.max + self.relative_logsumexp
+
+    @property
+    def mean(self) -> Tensor:
+        """``(1/V) sum_v z_v``, shape ``(...)``; nats."""
+        return self.max + self.relative_mean
+
+    @property
+    def expected(self) -> Tensor:
+        """``sum_v p_v z_v``, shape ``(...)``; nats."""
+        return self.max + self.relative_expected
+
+    @property
+    def log_probs(self) -> Tensor:
+        """``log p`` at the given ids, shape of ``picks``; nats. Meaningless where an id lies outside the vocabulary."""
+        largest, logsumexp = self.max, self.relative_logsumexp
+        if self.picked.dim() > largest.dim():
+            largest, logsumexp = largest[..., None], logsumexp[..., None]
+        return (self.picked - largest) - logsumexp
+
+    @property
+    def entropy(self) -> Tensor:
+        """``-sum_v p_v log p_v``, at least 0, shape ``(...)``; nats."""
+        return self.relative_logsumexp - self.relative_expected
+
+    @property
+    def confidence(self) -> Tensor:
+        """``max_v p_v``, the largest probability, at most 1, shape ``(...)``."""
+        return (-self.relative_logsumexp).exp()
 
 
 # What torch.export saves it as: a NamedTuple has no name of its own there.
@@ -90,21 +127,41 @@ def merge(a: LogitStats, a_size: int, b: LogitStats, b_size: int) -> LogitStats:
     Returns:
         LogitStats of both sets, shapes and dtypes as those of ``a``; differentiable as they are.
     """
-    logsumexp = torch.logaddexp(a.logsumexp, b.logsumexp)
-    a_share = a_size / max(a_size + b_size, 1)
-    b_share = b_size / max(a_size + b_size, 1)
+    if not a_size or not b_size:  # nothing has no largest logit to be relative to
+        return a if a_size else b
     b_wins = (b.max > a.max) | ((b.max == a.max) & (b.argmax < a.argmax))
+    largest = torch.maximum(a.max, b.max)
+    a, b = _relative_to(largest, a), _relative_to(largest, b)
+    logsumexp = torch.logaddexp(a.relative_logsumexp, b.relative_logsumexp)
+    a_share, b_share = a_size / (a_size + b_size), b_size / (a_size + b_size)
     return LogitStats(
-        logsumexp=logsumexp,
+        relative_logsumexp=logsumexp,
         picked=a.picked + b.picked,
-        mean=a.mean * a_share + b.mean * b_share,
-        expected=_mass(a, logsumexp) * a.expected + _mass(b, logsumexp) * b.expected,
-        max=torch.maximum(a.max, b.max),
+        relative_mean=a.relative_mean * a_share + b.relative_mean * b_share,
+        relative_expected=(
+            _mass(a, logsumexp) * a.relative_expected + _mass(b, logsumexp) * b.relative_expected
+        ),
+        max=largest,
         argmax=torch.where(b_wins, b.argmax, a.argmax),
     )
 
 
+def anchor(largest: Tensor) -> Tensor:
+    """Return what logits are relative to: the largest, or 0 where all are -inf, masked out, as -inf - -inf is NaN."""
+    return largest.masked_fill(largest == -torch.inf, 0)
+
+
+def _relative_to(largest: Tensor, part: LogitStats) -> LogitStats:
+    """Return the statistics of a part relative to the largest logit of the union."""
+    offset = anchor(part.max) - anchor(largest)
+    return part._replace(
+        relative_logsumexp=part.relative_logsumexp + offset,
+        relative_mean=part.relative_mean + offset,
+        relative_expected=part.relative_expected + offset,
+    )
+
+
 def _mass(part: LogitStats, logsumexp: Tensor) -> Tensor:
-    """Return the probability of a part in the union; 0, not NaN, for an empty part of an empty union."""
-    share = (part.logsumexp - logsumexp).exp()
-    return torch.where(part.logsumexp == -torch.inf, torch.zeros_like(share), share)
+    """Return the probability of a part in the union; 0, not NaN, where the entries of both are masked out."""
+    masked_out = part.relative_logsumexp == -torch.inf
+    return (part.relative_logsumexp - logsumexp).exp().masked_fill(masked_out, 0)

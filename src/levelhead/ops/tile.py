@@ -2,7 +2,7 @@
 
 A tile holds ``t``, the logits divided by the softcap, ``t = tanh(a / softcap)``, because the derivative of the
 softcap is ``1 - t^2`` and would lose digits if ``t`` were multiplied by the softcap and divided again. Without a
-softcap the tile holds the logits themselves: ``z = cap * t`` with ``cap = softcap or 1``, always.
+softcap the tile holds the logits themselves, ``z = t``.
 
 Everything works in place on float32 (float64 for float64 inputs); the equations are those of reference.py.
 """
@@ -10,7 +10,7 @@ Everything works in place on float32 (float64 for float64 inputs); the equations
 import torch
 from torch import Tensor
 
-from .statistics import LogitStats, StatsGradient
+from .statistics import LogitStats, StatsGradient, anchor
 
 
 def fill_(
@@ -22,50 +22,60 @@ def fill_(
     logit_scale: float,
 ) -> Tensor:
     """Make a tile of the logits of ``x``."""
-    x = x.to(weight.dtype)
+    x, scale = x.to(weight.dtype), logit_scale / (softcap or 1)
     if bias is None:
-        addmm_(t, x, weight.T, beta=0, alpha=logit_scale)
+        addmm_(t, x, weight.T, beta=0, alpha=scale)
     else:
-        addmm_(t.copy_(bias), x, weight.T, beta=logit_scale, alpha=logit_scale)
-    return t if softcap is None else t.div_(softcap).tanh_()
+        addmm_(t.copy_(bias), x, weight.T, alpha=1)
+        if scale != 1:
+            # Now, not before: what rounding does to a bias is the same for all tokens, and adds up over them.
+            t.mul_(scale)
+    return t if softcap is None else t.tanh_()
 
 
-def exp(t: Tensor, cap: float, subtrahend: Tensor, out: Tensor) -> Tensor:
-    """Make exponentials of z - subtrahend, (T, S); the subtrahend is (T,), ``out`` may be ``t``."""
-    return torch.add(-subtrahend[:, None], t, alpha=cap, out=out).exp_()
+def logits(t: Tensor, softcap: float | None, out: Tensor) -> Tensor:
+    """Return the logits z of a tile, (T, S): ``t`` itself, or with a softcap ``out``, which may be ``t``."""
+    return t if softcap is None else torch.mul(t, softcap, out=out)
 
 
-def stats(t: Tensor, cap: float, ids: Tensor, first: int, scratch: Tensor) -> LogitStats:
+def relative(z: Tensor, largest: Tensor, out: Tensor) -> Tensor:
+    """Make z - largest, (T, S); the largest logits are (T,), ``out`` may be ``z``."""
+    return torch.sub(z, anchor(largest)[:, None], out=out)
+
+
+def stats(t: Tensor, softcap: float | None, ids: Tensor, first: int, scratch: Tensor) -> LogitStats:
     """Return the statistics of the entries ``first``, ``first + 1``, ...
 
     Args:
-        t: the tile, shape ``(T, S)``; changed only where it is -inf.
-        cap: its factor.
+        t: the tile, shape ``(T, S)``; overwritten.
+        softcap: bound of the logits, or None.
         ids: picks as ids of the whole vocabulary, shape ``(T, K)``.
         first: id of the tile's first entry.
         scratch: overwritten, shape ``(T, S)``.
     """
-    picked = _pick(t, cap, ids, first)
-    mean = cap * t.mean(1)
-    largest, argmax = t.max(1)
-    largest = cap * largest
-    # Where all entries are masked out, -inf, their sum is 0 and not NaN; elsewhere it is at least 1.
-    exps = exp(t, cap, _finite_(largest.clone()), out=scratch)
-    total = exps.sum(1)
-    expected = cap * exps.mul_(_finite_(t)).sum(1) / total.clamp(min=1)
-    return LogitStats(largest + total.log(), picked, mean, expected, largest, argmax + first)
+    z = logits(t, softcap, out=t)
+    picked = _pick(z, ids, first)
+    largest, argmax = z.max(1)
+    r = relative(z, largest, out=z)
+    mean = r.mean(1)
+    exps = torch.exp(r, out=scratch)
+    total = exps.sum(1)  # at least 1, the largest entry's, or 0 where all are masked out
+    expected = exps.mul_(_finite_(r)).sum(1) / total.clamp(min=1)
+    return LogitStats(total.log(), picked, mean, expected, largest, argmax + first)
 
 
 def softmax(
-    t: Tensor, cap: float, ids: Tensor, out: Tensor
+    t: Tensor, softcap: float | None, ids: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return picked (T, K), mean (T,), logsumexp (T,) and the sum of ``out`` (T,) for a tile of all entries.
+    """Return picked (T, K), the mean relative to max, max and the sum of ``out`` (T,) for a tile of all entries.
 
-    ``out`` becomes exp(z - max), the softmax but for its sum; it may be ``t``.
+    ``out`` becomes exp(z - max), the softmax but for its sum; without a softcap it may be ``t``.
     """
-    picked, mean, largest = _pick(t, cap, ids, 0), cap * t.mean(1), cap * t.amax(1)
-    total = exp(t, cap, largest, out=out).sum(1)
-    return picked, mean, largest + total.log(), total
+    z = logits(t, softcap, out=out)
+    picked, largest = _pick(z, ids, 0), z.amax(1)
+    r = relative(z, largest, out=out)
+    mean = r.mean(1)
+    return picked, mean, largest, r.exp_().sum(1)
 
 
 def gradient_(
@@ -74,20 +84,21 @@ def gradient_(
     ids: Tensor,  # (T, K)
     first: int,
     g: StatsGradient,  # (T,) and (T, K)
-    expected: Tensor | None,  # (T,), needed with g.expected
+    total: Tensor,  # (T,)
     vocabulary: int,
     softcap: float | None,
-    total: Tensor | None = None,  # (T,), None is 1
+    r: Tensor | None = None,  # (T, S), z - max, needed with g.expected; overwritten
+    expected: Tensor | None = None,  # (T,), relative to max, needed with g.expected
 ) -> Tensor:
     """Turn ``p`` into the gradient of the logits before the softcap."""
-    if g.expected is not None and expected is not None:
+    if g.expected is not None and r is not None and expected is not None:
         offset = g.expected * (1 - expected)
         if g.logsumexp is not None:
             offset = offset + g.logsumexp
-        slope = (softcap or 1) * g.expected
-        p.mul_(_finite_(t.clone()).mul_(slope[:, None]).add_(offset[:, None]))
+        slope = g.expected / total
+        p.mul_(_finite_(r).mul_(slope[:, None]).add_((offset / total)[:, None]))
     elif g.logsumexp is not None:
-        p.mul_((g.logsumexp if total is None else g.logsumexp / total)[:, None])
+        p.mul_((g.logsumexp / total)[:, None])
     else:
         p.zero_()
     if g.mean is not None:
@@ -126,10 +137,10 @@ def addmm_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 1) 
     return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def _pick(t: Tensor, cap: float, ids: Tensor, first: int) -> Tensor:
+def _pick(z: Tensor, ids: Tensor, first: int) -> Tensor:
     """Return the logits of the picked entries, 0 for those outside the tile, shape (T, K)."""
-    local, inside = _local(ids, first, t.shape[1])
-    return (cap * t.gather(1, local)).masked_fill_(~inside, 0)
+    local, inside = _local(ids, first, z.shape[1])
+    return z.gather(1, local).masked_fill_(~inside, 0)
 
 
 def _local(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks, tile
 from .chunked import _head_tiles, _tile_shape, _view
-from .statistics import statistics_dtype
+from .statistics import anchor, statistics_dtype
 from .sums import slices
 
 
@@ -18,17 +18,23 @@ class TopK(NamedTuple):
     Attributes:
         values: logits, descending, shape ``(..., k)``; nats; float32, or float64 for float64 inputs.
         indices: their ids, the smaller first in a tie, shape ``(..., k)``; int64.
-        logsumexp: ``log sum_v exp z_v`` over the whole vocabulary, shape ``(...)``.
+        relative_logsumexp: ``log sum_v exp(z_v - max)`` over the whole vocabulary, shape ``(...)``; relative to the
+            largest logit, as in :class:`levelhead.LogitStats`.
     """
 
     values: Tensor
     indices: Tensor
-    logsumexp: Tensor
+    relative_logsumexp: Tensor
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """``log sum_v exp z_v`` over the whole vocabulary, shape ``(...)``; nats, in the dtype of ``values``."""
+        return self.values[..., 0] + self.relative_logsumexp
 
     @property
     def log_probs(self) -> Tensor:
         """Log-probabilities over the whole vocabulary, shape ``(..., k)``; nats, in the dtype of ``values``."""
-        return self.values - self.logsumexp[..., None]
+        return (self.values - self.values[..., :1]) - self.relative_logsumexp[..., None]
 
 
 @torch.no_grad()
@@ -38,8 +44,8 @@ def linear_topk(
     k: int,
     *,
     linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
 ) -> TopK:
     """The ``k`` largest logits ``z = softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) / softcap)``.
 
@@ -54,14 +60,15 @@ def linear_topk(
         linear_weight: the output embedding, shape ``(V, D)``.
         k: how many, in [1, V].
         linear_bias: shape ``(V,)``; -inf masks an entry out.
-        softcap: bound of the logits, ``> 0``; None for none.
-        logit_scale: factor on projection and bias; the inverse of a temperature.
+        softcap: bound of the logits, ``> 0``; None for none; a number or of shape ``()``.
+        logit_scale: factor on projection and bias, the inverse of a temperature; a number or of shape ``()``.
 
     Returns:
         TopK; of equal logits those with the smallest ids. A token whose hidden state is not finite gets NaN.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that do not go together.
+        TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
+            together.
         ValueError: shapes or devices that do not go together; an option out of its range; a DTensor.
 
     References:
@@ -77,6 +84,7 @@ def linear_topk(
     """
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_options(softcap, logit_scale, None, input)
+    softcap = None if softcap is None else float(softcap)
     if checks.any_dtensor(input, linear_weight, linear_bias):
         raise ValueError(
             "linear_topk takes no DTensors; give plain tensors, as to_local() or full_tensor() make them"
@@ -91,7 +99,7 @@ def linear_topk(
     return TopK(
         top.values.reshape(*tokens, k),
         top.indices.reshape(*tokens, k),
-        top.logsumexp.reshape(tokens),
+        top.relative_logsumexp.reshape(tokens),
     )
 
 
@@ -111,7 +119,14 @@ def merge_topk(a: TopK, b: TopK, k: int) -> TopK:
     values, indices = _ordered(
         torch.cat([a.values, b.values], -1), torch.cat([a.indices, b.indices], -1)
     )
-    return TopK(values[..., :k], indices[..., :k], torch.logaddexp(a.logsumexp, b.logsumexp))
+    union = TopK(values[..., :k], indices[..., :k], a.relative_logsumexp)
+    parts = (part.relative_logsumexp + (_anchor(part) - _anchor(union)) for part in (a, b))
+    return union._replace(relative_logsumexp=torch.logaddexp(*parts))
+
+
+def _anchor(top: TopK) -> Tensor:
+    """Return what its logsumexp is relative to; 0 for no entry at all, of which it is -inf."""
+    return anchor(top.values[..., :1].sum(-1))
 
 
 def _chunked(
@@ -130,9 +145,8 @@ def _chunked(
         x = input[rows]
         top = _empty(len(x), dtype, x.device)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
-            z = tile.fill_(_view(buffer, x, weight), x, weight, bias, softcap, logit_scale)
-            # Multiplied out before it is compared: two tangents may be the same logit.
-            part = _tile_topk(z if softcap is None else z.mul_(softcap), k, columns.start)
+            t = tile.fill_(_view(buffer, x, weight), x, weight, bias, softcap, logit_scale)
+            part = _tile_topk(tile.logits(t, softcap, out=t), k, columns.start)
             top = merge_topk(top, part, k)
         parts.append(top)
     return TopK(*(torch.cat(field) for field in zip(*parts, strict=True)))
@@ -155,9 +169,7 @@ def _tile_topk(z: Tensor, k: int, first: int) -> TopK:
             found = z[tied].sort(dim=1, descending=True, stable=True)
             values[tied], indices[tied] = (t[:, : kept + 1] for t in found)
     values, indices = _ordered(values[:, :kept], indices[:, :kept] + first)
-    highest = values[:, 0].clamp(min=-1e18)  # where all are masked out, -inf - -inf would be NaN
-    total = tile.exp(z, 1, highest, out=z).sum(1)
-    return TopK(values, indices, highest + total.log())
+    return TopK(values, indices, tile.relative(z, values[:, 0], out=z).exp_().sum(1).log())
 
 
 def _ordered(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

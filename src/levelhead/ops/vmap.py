@@ -18,10 +18,10 @@ def linear_logit_stats(
     function: Function, size: int, dims: Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], Dims]:
     """Return the statistics of a batch of calls, and where their batch dimension is."""
-    _, of_weight, _, of_bias, *_ = dims
-    if of_weight is not None or of_bias is not None:
+    per_token = (0, 2)
+    if not _only(per_token, dims):
         return loop(function, size, dims, args)
-    args, shape = _fold(size, dims, args, (0, 2))
+    args, shape = _fold(size, dims, args, per_token)
     outputs = function(*args)
     return tuple(_unfold(field, shape) for field in outputs), (0,) * len(outputs)
 
@@ -30,10 +30,10 @@ def linear_logit_stats_backward(
     function: Function, size: int, dims: Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], Dims]:
     """Return the gradients of a batch of calls; one for the head, which sums over tokens, is due to each call."""
-    head, output_mask = (dims[5], dims[7]), args[12]
-    if head != (None, None) or output_mask != [True, False, False]:
+    per_token, output_mask = (0, 1, 2, 3, 4, 6, 8, 9, 10), args[13]
+    if not _only(per_token, dims) or output_mask != [True, False, False]:
         return loop(function, size, dims, args)
-    args, shape = _fold(size, dims, args, (0, 1, 2, 3, 4, 6, 8, 9))
+    args, shape = _fold(size, dims, args, per_token)
     dx, *empty = function(*args)
     return (_unfold(dx, shape), *empty), (0, None, None)
 
@@ -53,6 +53,11 @@ def loop(
     ]
     outputs = tuple(torch.stack(field) for field in zip(*calls, strict=True))
     return outputs, (0,) * len(outputs)
+
+
+def _only(per_token: Sequence[int], dims: Dims) -> bool:
+    """Return whether nothing is batched but what is per token."""
+    return all(dim is None for i, dim in enumerate(dims) if i not in per_token)
 
 
 def _fold(

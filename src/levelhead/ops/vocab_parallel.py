@@ -27,6 +27,7 @@ def linear_logit_stats(
     softcap: float | None,
     logit_scale: float,
     impl: str | None,
+    variables: Tensor | None,  # (2,), in place of softcap and logit_scale
 ) -> LogitStats:
     """Return the statistics of the logits as plain tensors (N,) and (N, K), the same on every rank.
 
@@ -59,6 +60,7 @@ def linear_logit_stats(
         impl,
         rows_of_shards(linear_weight.shape[0], mesh.size(dim)),
         mesh.get_group(dim),
+        variables,
     )
 
 
@@ -89,6 +91,7 @@ def vocab_parallel_logit_stats(
     impl: str | None,
     sizes: Sequence[int],  # V_r of every rank, in the order of their rows
     group: dist.ProcessGroup,
+    variables: Tensor | None = None,  # (2,), in place of softcap and logit_scale
 ) -> LogitStats:
     """Return the statistics over the rows of all ranks, the same bits on every rank.
 
@@ -106,8 +109,9 @@ def vocab_parallel_logit_stats(
             f"{sum(sizes)} shared by {len(sizes)} ranks; shard it with torch.distributed.tensor.distribute_tensor"
         )
     stats: tuple[Tensor, ...] = _VocabParallelLogitStats.apply(  # type: ignore[no-untyped-call]
-        input, linear_weight, picks, linear_bias, softcap, logit_scale, impl, tuple(sizes), group
-    )
+        input, linear_weight, picks, linear_bias, softcap, logit_scale, impl, tuple(sizes), group,
+        variables,
+    )  # fmt: skip
     return LogitStats(*stats)
 
 
@@ -126,16 +130,20 @@ class _VocabParallelLogitStats(torch.autograd.Function):
         impl: str | None,
         sizes: tuple[int, ...],
         group: dist.ProcessGroup,
+        variables: Tensor | None,
     ) -> LogitStats:
         first = sum(sizes[: dist.get_rank(group)])
         head = input, linear_weight, picks - first, linear_bias
         if len(linear_weight):
-            own = LogitStats(*library.linear_logit_stats(*head, softcap, logit_scale, impl))
+            own = LogitStats(
+                *library.linear_logit_stats(*head, softcap, logit_scale, impl, variables)
+            )
             own = own._replace(argmax=own.argmax + first)
         else:
             own = empty_set(picks, statistics_dtype(input.dtype))
         stats = _merged(own, picks, sizes, group)
-        ctx.save_for_backward(*head, stats.logsumexp, stats.expected)
+        saved = stats.relative_logsumexp, stats.relative_expected, stats.max, variables
+        ctx.save_for_backward(*head, *saved)
         ctx.share, ctx.group = len(linear_weight) / sum(sizes), group
         ctx.softcap, ctx.logit_scale, ctx.impl = softcap, logit_scale, impl
         ctx.mark_non_differentiable(stats.max, stats.argmax)
@@ -145,14 +153,16 @@ class _VocabParallelLogitStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         logsumexp, picked, mean, expected, _, _ = grad_outputs
-        input, linear_weight, _, linear_bias, *_ = ctx.saved_tensors
+        # Read once: a checkpoint hands them out once in a backward.
+        *saved, variables = ctx.saved_tensors
+        input, linear_weight, _, linear_bias, *_ = saved
         mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         if len(linear_weight):
             # The operator divides by its own rows what is due to an entry of the whole vocabulary.
             mean = None if mean is None else mean * ctx.share
             dx, dw, db = library.linear_logit_stats_backward(
-                logsumexp, picked, mean, expected, *ctx.saved_tensors,
-                ctx.softcap, ctx.logit_scale, mask, ctx.impl,
+                logsumexp, picked, mean, expected, *saved,
+                ctx.softcap, ctx.logit_scale, mask, ctx.impl, variables,
             )  # fmt: skip
         else:
             own = (input, linear_weight, linear_bias)
@@ -160,7 +170,7 @@ class _VocabParallelLogitStats(torch.autograd.Function):
         if mask[0]:
             dist.all_reduce(dx.detach(), group=ctx.group)  # dx itself refuses a double backward
         dx, dw, db = (g if needed else None for g, needed in zip((dx, dw, db), mask, strict=True))
-        return dx, dw, None, db, None, None, None, None, None
+        return dx, dw, None, db, *(None,) * 6
 
 
 def _dim(linear_weight: DTensor) -> int:
@@ -181,7 +191,9 @@ def _merged(
     own: LogitStats, picks: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup
 ) -> LogitStats:
     """Return the statistics of all ranks' rows; ``own`` are those of this rank, its ``argmax`` a global id."""
-    numbers = torch.stack([own.logsumexp, own.mean, own.expected, own.max], 1)  # (N, 4)
+    numbers = torch.stack(
+        [own.relative_logsumexp, own.relative_mean, own.relative_expected, own.max], 1
+    )  # (N, 4)
     numbers = _gathered(torch.cat([numbers, own.picked], 1), group)  # (R, N, 4 + K)
     ids = _gathered(torch.cat([own.argmax[:, None], picks], 1), group)  # (R, N, 1 + K)
     logsumexp, mean, expected, largest = numbers[..., :4].unbind(2)
@@ -198,7 +210,7 @@ def _merged(
             "tensor-parallel group must work on the same batch. Give each data-parallel group, not each rank, a batch "
             "of its own. If the weight is sharded by FSDP, use it inside the forward of its unit"
         )
-    return stats._replace(logsumexp=stats.logsumexp.where(same, torch.nan))
+    return stats._replace(relative_logsumexp=stats.relative_logsumexp.where(same, torch.nan))
 
 
 def _laid_out(tensor: Tensor, like: DTensor, placements: Sequence[Placement]) -> bool:

@@ -69,3 +69,41 @@ def test_spelling(name: str, dynamic: bool) -> None:
         single = torch.float32 in (actual[0].dtype, true.dtype)
         tolerance = 2e-2 if "autocast" in name else 2e-6 if single else 1e-11
         torch.testing.assert_close(got, true, rtol=tolerance, atol=tolerance)
+
+
+# Made of log-probabilities; "logsumexp minus target", say, is rounded where it is written so.
+OF_DIFFERENCES = [
+    "nll_of_log_softmax",
+    "label_smoother",
+    "timm",
+    "gathered_log_probs",
+    "indexed",
+    "one_hot",
+    "normalised_logits",
+    "softmax_and_log",
+    "entropy_bonus",
+    "two_targets",
+]
+
+
+@pytest.mark.parametrize("name", OF_DIFFERENCES)
+def test_logits_far_from_0_lose_nothing(name: str) -> None:
+    """The same bits for logits that float32 holds exactly and the same 2^15 below, by way of a constant unit."""
+    function, _ = SPELLINGS[name]
+    parameters, y = _problem()
+    h, weight, bias = (p.detach().mul(8).round().div(8).float() for p in parameters)
+    h[..., 0] = 1
+    compiled = torch.compile(function, backend=pass_only(), fullgraph=True)
+
+    def step(offset: int) -> tuple[Any, ...]:
+        far = weight.clone()
+        far[:, 0] += offset
+        leaves = [p.clone().requires_grad_() for p in (h, far, bias)]
+        loss, *_ = results = _step(compiled, leaves, y)
+        return loss, results[
+            -2
+        ]  # the gradient of hidden states is a sum over weights, which are large now
+
+    for far, near in zip(step(-(2**15)), step(0), strict=True):
+        torch.testing.assert_close(far, near, rtol=0, atol=0)
+    assert counters["levelhead"]["declined"] == 0

@@ -317,6 +317,27 @@ def test_a_smoothing_out_of_range_is_refused() -> None:
         levelhead.inductor_options(smoothing=1.5)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_mode_goes_together_with_the_pass_as_options(mode: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(n, 8, generator=random).requires_grad_() for n in (6, 37))
+    y = torch.randint(0, 37, (6,), generator=random)
+
+    def step(h: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(h @ weight.T, y)
+
+    fuse = levelhead.inductor_options(EPS)
+    with pytest.raises(RuntimeError, match="Either mode or options can be specified"):
+        torch.compile(step, mode=mode, options=fuse)
+    options = torch._inductor.list_mode_options(mode)
+    loss = torch.compile(step, fullgraph=True, options=options | fuse)(h, weight)
+    expected = F.cross_entropy(h @ weight.T, y, label_smoothing=EPS)
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(value, (h, weight)) for value in (loss, expected))
+    torch.testing.assert_close(*gradients)
+    assert counters["levelhead"]["linear_cross_entropy"] == 1
+
+
 _PROCESS = """
 import sys, torch, levelhead
 import torch.nn.functional as F

@@ -188,14 +188,14 @@ def _observed(head: OutputHead, inputs: HeadInputs, optimum: dict[str, float]) -
     with torch.no_grad():
         stats = head.logit_stats(inputs.hidden, inputs.target)
     vocab_size = len(head.weight)
-    margin = (stats.max - stats.mean).double() * vocab_size / (vocab_size - 1)
-    confidence = (stats.max - stats.logsumexp).double().exp()
+    margin = -stats.relative_mean.double() * vocab_size / (vocab_size - 1)
+    confidence = stats.confidence.double()
     # By confidence, not by margin, because others that are high with it take from what it gets.
     return {
         "max_margin": margin.max().item(),
         "mean_confidence": confidence.mean().item(),
         "max_confidence": confidence.max().item(),
-        "mean_entropy": (stats.logsumexp - stats.expected).double().mean().item(),
+        "mean_entropy": stats.entropy.double().mean().item(),
         "share_at_optimum": (confidence >= optimum["confidence"]).double().mean().item(),
     }
 

@@ -112,11 +112,10 @@ def _measures(head: OutputHead, inputs: HeadInputs, temperature: float) -> dict[
     """Negative log-likelihood, calibration and accuracy of tokens at a temperature."""
     with torch.no_grad():
         stats = head.logit_stats(inputs.hidden, inputs.target, temperature)
-    # Rounding may leave the largest logit a bit above the logarithm of the sum.
-    confidence = (stats.max - stats.logsumexp).double().exp().clamp(max=1)
+    confidence = stats.confidence.double()
     correct = stats.argmax == inputs.target
     return {
-        "nll": (stats.logsumexp - stats.picked).double().mean().item(),
+        "nll": -stats.log_probs.double().mean().item(),
         "calibration_error": calibration_error(confidence, correct, bins=_BINS),
         "mean_confidence": confidence.mean().item(),
         "accuracy": correct.double().mean().item(),

@@ -17,6 +17,11 @@ def inductor_options(
     `levelhead.linear_cross_entropy`. Where that is not possible the graph stays what it was, and for each
     `F.cross_entropy`, `F.nll_loss` and gathered log-probability a warning, once, says why.
 
+    `torch.compile` takes either a ``mode`` or ``options``. A mode is a name for some options, so add them::
+
+        options = torch._inductor.list_mode_options("max-autotune") | levelhead.inductor_options(smoothing=0.1)
+        model = torch.compile(model, options=options)
+
     What was done is counted in ``torch._dynamo.utils.counters["levelhead"]`` and logged, at level INFO,
     by the logger of this module.
 

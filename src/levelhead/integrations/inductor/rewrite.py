@@ -120,25 +120,29 @@ def statistic(
         dtype: of the result.
         detached: whether the result has no gradient.
     """
-    s = ops.LogitStats(*stats)
-    # The sum over the vocabulary of p z is `expected`; that of z is the mean times its size.
-    total = s.expected if kind.startswith("expected") else s.mean
-    value = total if name in ("sum", "mean") else getattr(s, name)
-    logsumexp, dim = s.logsumexp, keepdim
+    s, dim = ops.LogitStats(*stats), keepdim
+    of_logits = kind in ("logits", "expected_logits")
+    if name == "argmax":
+        value = s.argmax
+    elif name == "picked":
+        # Log-probabilities never by way of the absolute logsumexp: its rounding grows with the logits' offset.
+        value = (s.picked if of_logits else s.log_probs)[..., slice(*columns)]
+        if columns[1] - columns[0] == 1:
+            value = value[..., 0]
+        else:
+            dim = None
+    else:
+        # The sum over the vocabulary of p z is `expected`; that of z is the mean times its size.
+        total = s.relative_expected if kind.startswith("expected") else s.relative_mean
+        relative = {"max": torch.zeros_like(s.max), "logsumexp": s.relative_logsumexp}
+        value = relative.get(name, total)
+        value = s.max + value if of_logits else value - s.relative_logsumexp
     if name == "sum" and not kind.startswith("expected"):
         factor = factor * vocabulary
     if name == "mean" and kind.startswith("expected"):
         factor = factor / vocabulary
-    if name == "picked" and columns[1] - columns[0] == 1:
-        value = value[..., columns[0]]
-    elif name == "picked":
-        value, logsumexp, dim = value[..., slice(*columns)], logsumexp[..., None], None
     if name != "argmax":
-        if kind in ("log_probs", "probs", "expected_log_probs"):
-            value = value - logsumexp
-        if kind == "probs":
-            value = value.exp()
-        value = value * factor
+        value = (value.exp() if kind == "probs" else value) * factor
     value = value.detach() if detached else value
     if shape is not None:
         value = value.reshape(shape)
@@ -162,10 +166,11 @@ def cross_entropy(
 ) -> Tensor:
     """Return F.cross_entropy of the logits with these statistics, picked at ``column`` for the targets."""
     s = ops.LogitStats(*stats)
-    ids = target.reshape(s.logsumexp.shape)
+    ids = target.reshape(s.max.shape)
     counts = ids != ignore_index
     outside = counts & ((ids < 0) | (ids >= vocabulary))
-    losses = token_loss(s.logsumexp, s.picked[..., column], s.mean, label_smoothing or None, 0.0)
+    fields = (s.max, s.relative_logsumexp, s.picked[..., column], s.relative_mean)
+    losses = token_loss(*fields, label_smoothing or None, 0.0)
     losses = losses.where(counts, 0).masked_fill(outside, torch.nan)
     if reduction == "none":
         loss = losses.reshape(target.shape)

@@ -199,8 +199,9 @@ def _padded(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
 class _Row(NamedTuple):
     logsumexp: float
     picked: list[float]
-    expected: float
     max: float
+    confidence: float
+    entropy: float
     argmax: int
 
 
@@ -212,15 +213,13 @@ def _rows(stats: LogitStats) -> Iterator[_Row]:
 def _score(prompt: Prompt, number: str, row: _Row, confidence: Confidence) -> Score:
     question, logits = prompt.question, row.picked[: len(prompt.letter_ids)]
     name = question.question_id or number
-    if not all(map(math.isfinite, (row.logsumexp, row.expected, row.max, *logits))):
+    if not all(map(math.isfinite, (row.logsumexp, row.entropy, row.max, *logits))):
         raise ValueError(
             f"the logits for question {name} are not finite: largest {row.max}, logsumexp "
             f"{row.logsumexp}, letters {logits}; check the model, and its dtype"
         )
     best = max(range(len(logits)), key=logits.__getitem__)
     target = prompt.order.index(question.answer)
-    # Both lie below 1 but for rounding, which may put the logsumexp below the largest logit.
-    msp = min(1.0, math.exp(row.max - row.logsumexp))
     choice_probability = 1 / sum(math.exp(logit - logits[best]) for logit in logits)
     return Score(
         question_id=name,
@@ -228,11 +227,11 @@ def _score(prompt: Prompt, number: str, row: _Row, confidence: Confidence) -> Sc
         answer=ascii_uppercase[target],
         prediction=ascii_uppercase[best],
         correct=best == target,
-        confidence=msp if confidence == "msp" else choice_probability,
-        msp=msp,
+        confidence=row.confidence if confidence == "msp" else choice_probability,
+        msp=row.confidence,
         choice_probability=choice_probability,
         max_logit=row.max,
-        entropy=max(0.0, row.logsumexp - row.expected),
+        entropy=row.entropy,
         choice_logits=logits,
         target=target,
         argmax_is_choice=row.argmax == prompt.letter_ids[best],

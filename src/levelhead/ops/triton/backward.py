@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import Rows
-from ..statistics import GradientDtypes, Gradients, StatsGradient, statistics_dtype
+from ..statistics import GradientDtypes, Gradients, StatsGradient, anchor, statistics_dtype
 from ..sums import at, finish, multiply_, room, slices
 from ..tile import addmm_
 from .launch import cdiv, configuration, dense, launch, precision
@@ -36,8 +36,8 @@ def gradient_kernel(
     x,  # (N, D)
     weight,  # (V, D)
     bias,  # (V,) or None
-    logsumexp,  # (N,)
-    coefficients,  # (3, N): of p, of p z, and what every entry gets
+    maximum,  # (N,), finite where all logits are -inf
+    coefficients,  # (3, N): with r = z - maximum, of exp(r), of r exp(r), and what every entry gets
     picks,  # (N, K), ids of the whole vocabulary
     grad_picked,  # (N, K)
     gradient,  # (N, V), rows of gradient_stride_n
@@ -62,7 +62,7 @@ def gradient_kernel(
     GROUP: tl.constexpr,
 ):
     """Write a tile of the gradient with respect to the logits before the softcap, for entries first_id, ..."""
-    DTYPE: tl.constexpr = logsumexp.dtype.element_ty
+    DTYPE: tl.constexpr = maximum.dtype.element_ty
     row_tile, column_tile = grouped(
         tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP
     )
@@ -75,11 +75,12 @@ def gradient_kernel(
         LOGIT_SCALE, EVEN_D, BLOCK_D, PRECISION, DTYPE,
     )  # fmt: skip
     z, slope = capped(a, SOFTCAP)
-    p = tl.exp(z - tl.load(logsumexp + within)[:, None])
-    of_p = tl.load(coefficients + within)[:, None]
+    relative = z - tl.load(maximum + within)[:, None]
+    exps = tl.exp(relative)
+    of_exp = tl.load(coefficients + within)[:, None]
     if OF_EXPECTED:
-        of_p += tl.load(coefficients + N + within)[:, None] * finite(z)
-    dz = p * of_p + tl.load(coefficients + 2 * N + within)[:, None]
+        of_exp += tl.load(coefficients + N + within)[:, None] * finite(relative)
+    dz = exps * of_exp + tl.load(coefficients + 2 * N + within)[:, None]
     first_pick = within.to(tl.int64) * K
     for k in range(0, K):
         own = tl.load(picks + first_pick + k)[:, None] == first_id + columns[None, :]
@@ -96,8 +97,9 @@ def linear_logit_stats_backward(
     linear_weight: Tensor,  # (V, D)
     picks: Tensor,  # (N, K)
     linear_bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,)
-    expected: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,), relative to the largest logit
+    expected: Tensor,  # (N,), relative to the largest logit
+    largest: Tensor,  # (N,)
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
@@ -105,8 +107,9 @@ def linear_logit_stats_backward(
     """Return the gradients of input, weight and bias; None where not needed."""
     kept, size, dtype = Rows(keep), len(linear_weight), statistics_dtype(input.dtype)
     x, gradient = kept.take(input), gradient.map(kept.take)
-    logsumexp = kept.take(logsumexp, fill=torch.inf).contiguous()
-    coefficients = _coefficients(gradient, kept.take(expected), size)
+    # Above an infinite one the probability of every entry is 0.
+    largest = anchor(kept.take(largest, fill=torch.inf)).contiguous()
+    coefficients = _coefficients(gradient, kept.take(logsumexp), kept.take(expected), size)
     ids = kept.take(picks if gradient.picked is not None else picks[:, :0]).contiguous()
     grad_picked = ids if gradient.picked is None else gradient.picked.contiguous()
     bias = dense(linear_bias)
@@ -122,7 +125,7 @@ def linear_logit_stats_backward(
         launch(
             gradient_kernel,
             cdiv(len(x), block["BLOCK_N"]) * cdiv(len(weight), block["BLOCK_V"]),
-            x, weight, at(bias, columns), logsumexp, coefficients, ids, grad_picked, da,
+            x, weight, at(bias, columns), largest, coefficients, ids, grad_picked, da,
             *da.shape, x.shape[1], ids.shape[1], columns.start,
             *x.stride(), *weight.stride(), da.stride(0),
             OF_EXPECTED=gradient.expected is not None, SOFTCAP=softcap, LOGIT_SCALE=logit_scale,
@@ -137,15 +140,18 @@ def linear_logit_stats_backward(
     return finish((dx, dw, db), gradient_dtypes, kept)
 
 
-def _coefficients(gradient: StatsGradient, expected: Tensor, vocabulary: int) -> Tensor:
-    """Return what multiplies p, what multiplies p z, and what every entry gets, (3, N)."""
+def _coefficients(
+    gradient: StatsGradient, logsumexp: Tensor, expected: Tensor, vocabulary: int
+) -> Tensor:
+    """Return, with r = z - max, what multiplies exp(r) and r exp(r), and what every entry gets, (3, N)."""
     nothing = torch.zeros_like(expected)
     of_logsumexp, of_expected, of_mean = (
         nothing if field is None else field
         for field in (gradient.logsumexp, gradient.expected, gradient.mean)
     )
     of_p = of_logsumexp + of_expected * (1 - expected)
-    return torch.stack([of_p, of_expected, of_mean / vocabulary])
+    total = logsumexp.exp()
+    return torch.stack([of_p / total, of_expected / total, of_mean / vocabulary])
 
 
 def _slab_entries(x: Tensor, vocabulary: int) -> int:

@@ -22,7 +22,6 @@ from ..statistics import LogitStats, statistics_dtype
 from ..sums import at, slices
 from .launch import cdiv, configuration, dense, launch, precision, processors
 from .primitives import (
-    anchor,
     capped,
     empty_state,
     grouped,
@@ -42,7 +41,7 @@ def state_kernel(
     x,  # (N, D)
     weight,  # (V, D)
     bias,  # (V,) or None
-    states,  # (4, shares, N) of a larger tensor: largest, total, weighted, sum
+    states,  # (5, shares, N) of a larger tensor: size, largest, total, weighted, sum
     best_ids,  # (shares, N)
     N,
     V,
@@ -70,7 +69,8 @@ def state_kernel(
     DTYPE: tl.constexpr = states.dtype.element_ty
     state = empty_state(BLOCK_N, DTYPE)
     start = share * tiles_per_share
-    for tile in range(start, tl.minimum(start + tiles_per_share, tl.cdiv(V, BLOCK_V))):
+    stop = tl.minimum(start + tiles_per_share, tl.cdiv(V, BLOCK_V))
+    for tile in range(start, stop):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         a = logits_before_softcap(
             x, weight, bias, tl.minimum(rows, N - 1), tl.minimum(columns, V - 1), D,
@@ -79,23 +79,26 @@ def state_kernel(
         )  # fmt: skip
         z, _ = capped(a, SOFTCAP)
         part = tile_state(z, (columns < V)[None, :], first_id + tile * BLOCK_V)
-        state = merge_states(state, part)
+        part_size = tl.minimum(V - tile * BLOCK_V, BLOCK_V)
+        state = merge_states(state, (tile - start) * BLOCK_V, part, part_size)
     largest, total, weighted, sums, best = state
+    size = tl.minimum(V, stop * BLOCK_V) - start * BLOCK_V
     share_rows = tl.cast(share, tl.int64) * N + rows
     field = field_stride.to(tl.int64)
     mask = rows < N
-    tl.store(states + share_rows, largest, mask)
-    tl.store(states + field + share_rows, total, mask)
-    tl.store(states + 2 * field + share_rows, weighted, mask)
-    tl.store(states + 3 * field + share_rows, sums, mask)
+    tl.store(states + share_rows, size.to(DTYPE), mask)
+    tl.store(states + field + share_rows, largest, mask)
+    tl.store(states + 2 * field + share_rows, total, mask)
+    tl.store(states + 3 * field + share_rows, weighted, mask)
+    tl.store(states + 4 * field + share_rows, sums, mask)
     tl.store(best_ids + share_rows, best, mask)
 
 
 @triton.jit(do_not_specialize=["N", "shares"])
 def merge_kernel(
-    states,  # (4, shares, N)
+    states,  # (5, shares, N)
     best_ids,  # (shares, N)
-    logsumexp,  # (N,), as all that follow
+    logsumexp,  # (N,), as all that follow; this and the next two relative to the largest logit
     mean,
     expected,
     maximum,
@@ -111,23 +114,26 @@ def merge_kernel(
     field = shares.to(tl.int64) * N
     DTYPE: tl.constexpr = states.dtype.element_ty
     state = empty_state(BLOCK_N, DTYPE)
+    size = tl.zeros((BLOCK_N,), DTYPE)
     for share in range(0, shares):
         part = states + tl.cast(share, tl.int64) * N + rows
+        part_size = tl.load(part, mask, other=0.0)
         other = (
-            tl.load(part, mask, other=0.0),
-            tl.load(part + field, mask, other=1.0),
-            tl.load(part + 2 * field, mask, other=0.0),
+            tl.load(part + field, mask, other=0.0),
+            tl.load(part + 2 * field, mask, other=1.0),
             tl.load(part + 3 * field, mask, other=0.0),
+            tl.load(part + 4 * field, mask, other=0.0),
             tl.load(best_ids + tl.cast(share, tl.int64) * N + rows, mask, other=0),
         )
-        state = merge_states(state, other)
+        state = merge_states(state, size, other, part_size)
+        size += part_size
     largest, total, weighted, sums, best = state
     # Of a NaN among a token's logits only their sum tells.
     known = sums == sums
     largest = tl.where(known, largest, sums)
     total = tl.where(known, total, sums)
     weighted = tl.where(known, weighted, sums)
-    tl.store(logsumexp + rows, anchor(largest) + tl.log(total), mask)
+    tl.store(logsumexp + rows, tl.log(total), mask)
     tl.store(mean + rows, sums / V, mask)
     # The total is at least 1, the largest entry's, unless all are masked out: then their sum is 0 and not NaN.
     tl.store(expected + rows, weighted / tl.maximum(total, 1.0), mask)
@@ -215,14 +221,14 @@ def linear_logit_stats(
 def _states(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, **model: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return the states of all shares of the vocabulary, (4, shares, N), and the ids of their largest logits."""
+    """Return sizes and states of all shares of the vocabulary, (5, shares, N), and the ids of their largest logits."""
     tokens, hidden = input.shape
     block = configuration("state", input)
     row_tiles = cdiv(tokens, block["BLOCK_N"])
     slabs = list(_slabs(input, linear_weight))
     entries = _share_entries(tokens, slabs, block, _WAVES * processors(input.device))
     shares = [cdiv(slab.stop - slab.start, entries) for slab in slabs]
-    states = input.new_empty(4, sum(shares), tokens, dtype=statistics_dtype(input.dtype))
+    states = input.new_empty(5, sum(shares), tokens, dtype=statistics_dtype(input.dtype))
     best_ids = input.new_empty(sum(shares), tokens, dtype=torch.int32)
     done = 0
     for columns, count in zip(slabs, shares, strict=True):

@@ -4,8 +4,8 @@ Sizes in capitals are compile-time constants. ``BLOCK_N`` tokens, ``BLOCK_V`` vo
 units make a tile; offsets are 64-bit, because N x V and V x D pass 2^31. Whatever a tile holds beyond N, V or D never
 reaches a result.
 
-A ``state`` is five numbers a token: the largest logit, the sums over the entries of
-``exp(z - largest)``, of ``z exp(z - largest)`` and of ``z``, and the id of the largest logit, the smallest in a tie.
+A ``state`` is five numbers a token: the largest logit, the sums over the entries of ``exp(z - largest)``, of
+``(z - largest) exp(z - largest)`` and of ``z - largest``, and the id of the largest logit, the smallest in a tie.
 """
 
 import triton
@@ -116,10 +116,12 @@ def tile_state(z, inside, first_id):
 
     As few reductions as possible, or a tile of sums no longer fits the registers beside what they shuffle.
     """
+    known = tl.where(inside & (z == z), z, float("-inf"))
+    largest, best = tl.max(known, 1, return_indices=True)  # the smallest index in a tie
+    z -= anchor(largest)[:, None]
     sums = tl.sum(tl.where(inside, z, 0.0), 1)
     z = tl.where(inside & (z == z), z, float("-inf"))
-    largest, best = tl.max(z, 1, return_indices=True)  # the smallest index in a tie
-    exps = tl.exp(z - anchor(largest)[:, None])
+    exps = tl.exp(z)
     total, weighted = tl.reduce((exps, exps * finite(z)), 1, _add_pairs)
     return largest, total, weighted, sums, first_id + best
 
@@ -131,23 +133,30 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def anchor(largest):
-    """Return what to subtract before the exponential: the largest logit, 0 where all are -inf."""
+    """Return what logits are relative to: the largest of them, 0 where all are -inf."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
-def merge_states(a, b):
-    """Merge the states of two disjoint sets of entries into that of their union: the rule of LogitStats."""
+def _offset(largest, of_union):
+    """Return the largest logit of a part relative to the union's; if it is -inf, a number that its sums do not feel."""
+    return tl.minimum(anchor(largest) - anchor(of_union), 0.0)
+
+
+@triton.jit
+def merge_states(a, a_size, b, b_size):
+    """Merge the states of two disjoint sets of so many entries into that of their union: the rule of LogitStats."""
     a_largest, a_total, a_weighted, a_sum, a_best = a
     b_largest, b_total, b_weighted, b_sum, b_best = b
     largest = tl.maximum(a_largest, b_largest)
-    a_scale = tl.exp(a_largest - anchor(largest))
-    b_scale = tl.exp(b_largest - anchor(largest))
+    a_offset, b_offset = _offset(a_largest, largest), _offset(b_largest, largest)
+    a_scale, b_scale = tl.exp(a_offset), tl.exp(b_offset)
     b_wins = (b_largest > a_largest) | ((b_largest == a_largest) & (b_best < a_best))
     return (
         largest,
         a_scale * a_total + b_scale * b_total,
-        a_scale * a_weighted + b_scale * b_weighted,
-        a_sum + b_sum,
+        a_scale * (a_weighted + finite(a_offset) * a_total)
+        + b_scale * (b_weighted + finite(b_offset) * b_total),
+        a_sum + a_size * a_offset + b_sum + b_size * b_offset,
         tl.where(b_wins, b_best, a_best),
     )

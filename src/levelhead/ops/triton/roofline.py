@@ -96,7 +96,7 @@ def statistics(
     """Return the steps of ``linear_logit_stats``; its device sets how many shares the vocabulary has."""
     wide, weight_dtype = statistics_dtype(dtype), weight_dtype or dtype
     slabs = list(forward._slabs(_matrix(n, d, dtype), _matrix(v, d, weight_dtype)))
-    states = n * _shares(n, slabs, dtype, device) * (4 * wide.itemsize + torch.int32.itemsize)
+    states = n * _shares(n, slabs, dtype, device) * (5 * wide.itemsize + torch.int32.itemsize)
     steps: defaultdict[str, Work] = defaultdict(Work)
     for entries in _lengths(slabs):
         if weight_dtype != dtype:
@@ -123,7 +123,7 @@ def statistics_backward(
 ) -> Steps:
     """Return the steps of ``linear_logit_stats_backward``, without the weight's gradient if it is frozen."""
     wide, weight_dtype = statistics_dtype(dtype), weight_dtype or dtype
-    per_token = 4 * wide.itemsize + picks * (_ID + wide.itemsize)  # logsumexp, coefficients, picks
+    per_token = 4 * wide.itemsize + picks * (_ID + wide.itemsize)  # max, coefficients, picks
     steps: defaultdict[str, Work] = defaultdict(Work)
     steps["mask"] = _copy(n * d, dtype, dtype)
     slab = backward._slab_entries(_matrix(n, d, dtype), v)
@@ -163,7 +163,7 @@ def cross_entropy(
     for number, tokens in enumerate(chunks):
         for part in _lengths(sums.slices(tokens, softmax._LOGITS_TOKENS)):
             steps["logits"] += _product(part, d, v, dtype, wide)
-            read, written = v * wide.itemsize + per_token, v * dtype.itemsize + 3 * wide.itemsize
+            read, written = v * wide.itemsize + per_token, v * dtype.itemsize + 4 * wide.itemsize
             steps["softmax"] += Work(0, part * read, part * written, 1)
         _multiply(steps, "gradient of input", tokens, v, d, dtype, dx)
         if not frozen:

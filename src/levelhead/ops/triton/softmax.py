@@ -57,7 +57,7 @@ def softmax_kernel(
     target,  # (N,)
     token_weight,  # (N,)
     label_smoothing,  # (N,) or None
-    stats,  # (3, N): logsumexp, picked, mean
+    stats,  # (4, N): largest, logsumexp relative to it, picked, mean relative to it
     gradient,  # (N, V), may be products
     V,
     stats_stride,
@@ -78,30 +78,28 @@ def softmax_kernel(
     # Lane by lane, so that the loop reduces nothing across threads.
     largest = tl.full((BLOCK_V,), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK_V,), DTYPE)
-    sums = tl.zeros((BLOCK_V,), DTYPE)
     for first in range(0, V, BLOCK_V):
         inside = first + entries < V
         z, _ = _logits(products, bias, first + entries, inside, SOFTCAP, LOGIT_SCALE)
-        sums += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
         new = tl.maximum(largest, z)
         total = total * tl.exp(largest - anchor(new)) + tl.exp(z - anchor(new))
         largest = new
-    top = anchor(tl.max(largest, 0))
+    largest_of_all = tl.max(largest, 0)
+    top = anchor(largest_of_all)
     total_of_all = tl.sum(total * tl.exp(largest - top), 0)
-    logsumexp = top + tl.log(total_of_all)
+    logsumexp = tl.log(total_of_all)
 
     id = tl.load(target + row)
     valid = (id >= 0) & (id < V)
     picked, _ = _logits(products, bias, tl.where(valid, id, 0), valid, SOFTCAP, LOGIT_SCALE)
-    tl.store(stats + row, logsumexp)
-    tl.store(stats + stats_stride + row, tl.where(valid, picked, 0.0))
-    tl.store(stats + 2 * stats_stride + row, tl.sum(sums, 0) / V)
+    tl.store(stats + row, largest_of_all)
+    tl.store(stats + stats_stride + row, logsumexp)
+    tl.store(stats + 2 * stats_stride + row, tl.where(valid, picked, 0.0))
 
     # The derivative of loss.token_loss with respect to the logits.
     weight = tl.load(token_weight + row)
-    # By the total, not by the logsumexp: its rounding, absolute, would be in every probability.
-    of_exp = weight * (1 + 2 * Z_LOSS * logsumexp) / total_of_all
+    of_exp = weight * (1 + 2 * Z_LOSS * (top + logsumexp)) / total_of_all
     of_target = -weight
     of_all = 0.0
     if label_smoothing is not None:
@@ -109,11 +107,15 @@ def softmax_kernel(
         of_target = weight * (smoothing - 1)
         of_all = -weight * smoothing / V
     tl.debug_barrier()  # all threads have read the target's logit, which the next lines may overwrite
+    sums = tl.zeros((BLOCK_V,), DTYPE)
     for first in range(0, V, BLOCK_V):
         inside = first + entries < V
         z, slope = _logits(products, bias, first + entries, inside, SOFTCAP, LOGIT_SCALE)
-        dz = of_exp * tl.exp(z - top) + of_all + tl.where(first + entries == id, of_target, 0.0)
+        relative = tl.where(inside, z - top, 0.0)
+        sums += relative
+        dz = of_exp * tl.exp(relative) + of_all + tl.where(first + entries == id, of_target, 0.0)
         tl.store(gradient + first + entries, (dz * slope).to(gradient.dtype.element_ty), inside)
+    tl.store(stats + 3 * stats_stride + row, tl.sum(sums, 0) / V)
 
 
 @triton.jit
@@ -136,8 +138,8 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Return sum_i token_weight_i * loss_i, the logsumexp (N,) and the gradients of the sum."""
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
     kept, size, dtype = Rows(token_weight != 0), len(linear_weight), statistics_dtype(input.dtype)
     x, ids, loss_weight = (kept.take(t).contiguous() for t in (input, target, token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing).contiguous()
@@ -150,7 +152,7 @@ def linear_cross_entropy(
     chunks = list(slices(max(len(x), 1), tokens))
     da_buffer = _rows(min(chunks[0].stop, len(x)), size, x.dtype, x.device)
     products = da_buffer if wide else _rows(min(_LOGITS_TOKENS, len(x)), size, dtype, x.device)
-    stats = torch.empty(3, len(x), dtype=dtype, device=x.device)
+    stats = torch.empty(4, len(x), dtype=dtype, device=x.device)
     dx = room(x, gradient_dtypes[0], gradient_dtypes[0])
     # One chunk is all there is to sum, rounded once at the end of its product.
     dw = room(linear_weight, gradient_dtypes[1], dtype if len(chunks) > 1 else gradient_dtypes[1])
@@ -170,15 +172,17 @@ def linear_cross_entropy(
             db.add_(da.sum(0, dtype=dtype), alpha=logit_scale)
     if scale is not None:
         dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
-    logsumexp, picked, mean = stats
-    loss = loss_weight * token_loss(logsumexp, picked, mean, smoothing, z_loss)
+    largest, logsumexp, picked, mean = stats
+    loss = loss_weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss)
     loss = loss.masked_fill(loss_weight == 0, 0)  # where it is infinite or NaN, too
-    return loss.sum(), kept.put(logsumexp), finish((dx, dw, db), gradient_dtypes, kept)
+    # Copies: what an operator returns must not share memory.
+    largest, logsumexp = kept.put(largest.clone()), kept.put(logsumexp.clone())
+    return loss.sum(), logsumexp, largest, finish((dx, dw, db), gradient_dtypes, kept)
 
 
 def _fill_(
     da: Tensor,  # (M, V), operands' dtype
-    stats: Tensor,  # (3, M)
+    stats: Tensor,  # (4, M)
     products: Tensor,  # (C, V), float32 at least, overwritten; may be da
     x: Tensor,  # (M, D)
     weight: Tensor,  # (V, D)
