@@ -151,6 +151,7 @@ def test_it_compiles_as_one_graph():
         torch.testing.assert_close(mine.grad, theirs)
 
 
+@torch.no_grad()
 def test_an_evaluation_is_what_it_was():
     model, rows = tiny_model(), batch()
     model.eval()
