@@ -218,3 +218,13 @@ def test_where_looking_would_wait_the_loss_is_nan():
     scaled = torch.compile(patch_model(_llama(_scaled, scale=1)), backend="aot_eager")
     assert scaled(**batch()).loss.isfinite()
     assert scaled(**batch(), scale=0.5).loss.isnan()
+
+
+def test_a_hook_that_changes_what_the_head_returns_is_refused():
+    model = patch_model(tiny())
+    hook = model.lm_head.register_forward_hook(lambda _head, _inputs, output: 2 * output)
+    with pytest.raises(RuntimeError, match="reaches the loss as"):
+        model(**batch())
+    hook.remove()
+    model.lm_head.register_forward_hook(lambda _head, _inputs, output: output.clone())
+    torch.testing.assert_close(model(**batch()).loss, dense_loss(tiny(), **batch()))
