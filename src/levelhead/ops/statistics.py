@@ -47,22 +47,25 @@ class LogitStats(NamedTuple):
 
     @property
     def logsumexp(self) -> Tensor:
-        """``log sum_v exp z_v``, the normaliser, shape ``(...)``; nats."""
+        """``log sum_v exp z_v``, the normaliser, shape ``(...)``; nats, float32 or float64."""
         return self.max + self.relative_logsumexp
 
     @property
     def mean(self) -> Tensor:
-        """``(1/V) sum_v z_v``, shape ``(...)``; nats."""
+        """``(1/V) sum_v z_v``, shape ``(...)``; nats, float32 or float64."""
         return self.max + self.relative_mean
 
     @property
     def expected(self) -> Tensor:
-        """``sum_v p_v z_v``, shape ``(...)``; nats."""
+        """``sum_v p_v z_v``, shape ``(...)``; nats, float32 or float64."""
         return self.max + self.relative_expected
 
     @property
     def log_probs(self) -> Tensor:
-        """``log p`` at the given ids, shape of ``picks``; nats. Meaningless where an id lies outside the vocabulary."""
+        """``log p`` at the given ids, shape of ``picks``; nats, float32 or float64.
+
+        Meaningless where an id lies outside the vocabulary.
+        """
         largest, logsumexp = self.max, self.relative_logsumexp
         if self.picked.dim() > largest.dim():
             largest, logsumexp = largest[..., None], logsumexp[..., None]
@@ -70,12 +73,12 @@ class LogitStats(NamedTuple):
 
     @property
     def entropy(self) -> Tensor:
-        """``-sum_v p_v log p_v``, at least 0, shape ``(...)``; nats."""
+        """``-sum_v p_v log p_v``, at least 0, shape ``(...)``; nats, float32 or float64."""
         return self.relative_logsumexp - self.relative_expected
 
     @property
     def confidence(self) -> Tensor:
-        """``max_v p_v``, the largest probability, at most 1, shape ``(...)``."""
+        """``max_v p_v``, the largest probability, at most 1, shape ``(...)``; float32 or float64."""
         return (-self.relative_logsumexp).exp()
 
 
