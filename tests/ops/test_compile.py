@@ -91,6 +91,13 @@ def test_statistics_and_entropy_in_one_graph() -> None:
     torch.testing.assert_close(_step(compiled, 9), _step(entropy, 9))
 
 
+def test_weights_that_sum_to_zero_have_zero_gradients() -> None:
+    compiled = torch.compile(levelhead.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss, gradients = _step(compiled, 9, token_weight=torch.zeros(9))
+    assert loss.isnan()
+    assert not any(g.any() for g in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype: torch.dtype) -> None:
     def loss(*args: torch.Tensor) -> torch.Tensor:
