@@ -51,10 +51,10 @@ def test_a_training_step_trains_when_loaded(strict):
         assert_same_training(loaded, got.loss, model, want.loss)
 
 
+@torch.no_grad()
 def test_an_eval_step_without_logits_computes_no_gradient():
     model = patch_model(_tiny(), eval_logits=False).eval()
-    with torch.no_grad():
-        program = _round_trip(model)
+    program = _round_trip(model)
     assert _operators(program) == ["linear_logit_stats"]
     for inputs in _other_batches():
         got, want = program.module()(**inputs), model(**inputs)
@@ -62,6 +62,7 @@ def test_an_eval_step_without_logits_computes_no_gradient():
         torch.testing.assert_close(got.loss, want.loss)
 
 
+@torch.no_grad()
 def test_logits_that_are_kept_have_any_number_of_tokens():
     model = patch_model(_tiny(), eval_smoothing=0.1).eval()
     program = _round_trip(model)

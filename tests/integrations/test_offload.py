@@ -131,6 +131,7 @@ def test_the_hooks_come_off_and_the_model_trains_on(offload, tmp_path):
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
+@torch.no_grad()
 def test_evaluation_is_what_it_was(offload, tmp_path):
     patched = offload(patch_model(tiny()), tmp_path).eval()
     assert torch.equal(patched(**batch()).logits, tiny().eval()(**batch()).logits)
