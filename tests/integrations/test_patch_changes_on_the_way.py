@@ -41,13 +41,19 @@ def _edit_in_place(labels):
     return labels
 
 
+def _edit_past_torch(labels):
+    labels.numpy()[:, 3] = -100
+    return labels
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda y: y.masked_fill(y == 66, -100), r"labels at \[0, 4\] from 66 to -100"),
         (lambda y: y.roll(1, 1), "changed the labels at"),
         (lambda y: y.clamp(max=60), "changed the labels at"),
-        (_edit_in_place, "changed the labels in place"),
+        (_edit_in_place, r"changed the labels at \[1, 3\]"),
+        (_edit_past_torch, r"changed the labels at \[1, 3\]"),
         (lambda y: y[:, :4], r"changed the labels from shape \(2, 9\) to \(2, 4\)"),
     ],
 )
@@ -147,29 +153,57 @@ def test_a_loss_of_the_models_own_with_a_penalty_is_refused():
         patch_model(_own_loss(penalty=0.01))
 
 
-def _scaled(self, input_ids=None, labels=None, scale=1.0, bias=None, **kwargs):
+def _scaled(self, input_ids=None, labels=None, scale=1.0, **kwargs):
     hidden = self.model(input_ids).last_hidden_state
     logits = self.lm_head(hidden) * scale * self.scale
-    if bias is not None:
-        logits = logits + bias
     loss = None if labels is None else self.loss_function(logits, labels, 67, **kwargs)
     return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-@pytest.mark.parametrize("skip_logits", [True, False])
-def test_logits_that_an_argument_or_an_attribute_changes_are_refused(skip_logits):
+CHANGES = {
+    "scale": lambda z: 0.9 * z,
+    "bias of one entry": lambda z: z + F.one_hot(torch.tensor(5), 67),
+    "cut": lambda z: z[..., :60],
+    "mask": lambda z: z.masked_fill(torch.arange(67) > 60, -1e9),
+    "clamp": lambda z: z.clamp(-15, 15),
+    "cap": lambda z: 250 * torch.tanh(z / 250),
+    "order": lambda z: torch.where(z >= z.amax(-1, keepdim=True) - 2, z, z - 3),
+    "in place": lambda z: z.mul_(0.5),
+    "half": lambda z: torch.cat([z[..., :40], z[..., 40:] - 5], -1),
+}
+
+
+def _changing(change):
+    def forward(self, input_ids=None, labels=None, changed=False, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits = CHANGES[change](logits) if changed else logits
+        loss = self.loss_function(logits, labels, 67, **kwargs)
+        return {"loss": loss, "logits": logits}
+
+    return patch_model(_llama(forward))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_logits_that_an_argument_changes_are_refused(change):
+    model = _changing(change)
+    model(**batch())
+    with pytest.raises(RuntimeError, match=r"reach(es)? the loss|is over 67 vocabulary entries"):
+        model(**batch(), changed=True)
+
+
+@pytest.mark.parametrize("change", ["scale", "bias of one entry", "cut", "mask"])
+def test_logits_that_are_kept_are_looked_at_too(change):
+    model = _changing(change)
+    model(**batch(), skip_logits=False)
+    with pytest.raises(RuntimeError, match=r"reach(es)? the loss|is over 67 vocabulary entries"):
+        model(**batch(), changed=True, skip_logits=False)
+
+
+def test_an_attribute_that_scales_the_logits_counts():
     model = patch_model(_llama(_scaled, scale=1))
-    model(**batch(), skip_logits=skip_logits)
-    with pytest.raises(RuntimeError, match=r"reaches the loss as .* leave it out or use unpatch"):
-        model(**batch(), scale=0.9, skip_logits=skip_logits)
-    if skip_logits:
-        with pytest.raises(RuntimeError, match="reaches the loss as"):
-            model(**batch(), bias=F.one_hot(torch.tensor(5), 67).double())
     model.scale = 2
-    with pytest.raises(RuntimeError, match="call patch_model again"):
-        model(**batch(), skip_logits=skip_logits)
-    want = dense_loss(unpatch_model(model), **batch())
-    torch.testing.assert_close(patch_model(model)(**batch()).loss, want)
+    loss = model(**batch()).loss
+    torch.testing.assert_close(loss, dense_loss(unpatch_model(model), **batch()))
 
 
 def test_logits_on_which_the_hidden_states_act_are_refused():

@@ -92,6 +92,14 @@ def test_a_metric_made_of_the_logits_is_refused():
         patch_model(_llama(accuracy, labels=torch.tensor([[1, -100, 0], [-100, 0, 1]])))
 
 
+def test_what_the_model_keeps_of_its_logits_is_refused():
+    def entropy(self, output):
+        self.last = torch.distributions.Categorical(logits=output.logits).entropy()
+
+    with pytest.raises(ValueError, match="its last depends on them, and in training"):
+        patch_model(_llama(entropy, last=None))
+
+
 def test_a_term_of_the_weights_is_served():
     def decay(self, output):
         output.loss = output.loss + 0.1 * self.lm_head.weight.square().sum()
@@ -102,15 +110,34 @@ def test_a_term_of_the_weights_is_served():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_coefficient_that_is_raised_after_the_patch_is_refused_at_the_call(in_place):
+@pytest.mark.parametrize("term", [False, True])
+def test_a_term_that_comes_later_is_refused_at_the_call(in_place, term):
+    coefficients = []
+
     def after(self, output):
-        if self.coefficient:
+        if term:
+            output.loss = output.loss + self.lm_head.weight.sum()
+        if coefficients:
             (_z_loss_in_place if in_place else _z_loss)(self, output)
 
-    model = patch_model(_llama(after, coefficient=0))
+    model = patch_model(_llama(after))
     model(**batch())
-    model.coefficient = 1
-    with pytest.raises(RuntimeError, match="changed its loss after loss_function"):
+    coefficients.append(1)
+    with pytest.raises(RuntimeError, match=r"changed its loss after loss_function.* skip_logits=F"):
+        model(**batch())
+    model(**batch(), skip_logits=False)
+
+
+@pytest.mark.parametrize("value", [1, 0.1, True, torch.ones(())])
+def test_a_coefficient_that_the_model_keeps_is_looked_at_again(value):
+    def after(self, output):
+        if self.coefficient is not None:
+            _z_loss(self, output)
+
+    model = patch_model(_llama(after, coefficient=None))
+    model(**batch())
+    model.coefficient = value
+    with pytest.raises(ValueError, match="its loss depends on them"):
         model(**batch())
 
 
@@ -122,7 +149,10 @@ def _bamba(**options):
 
 
 def test_the_z_loss_of_bamba_is_refused_when_patched_and_when_raised_later():
-    with pytest.raises(ValueError, match=r"its loss depends on them.* Set the coefficient"):
+    with pytest.raises(
+        ValueError,
+        match=r"its loss depends on them.*set the coefficient of a term of the loss to 0",
+    ):
         patch_model(_bamba(z_loss_coefficient=0.1))
     model = patch_model(_bamba())
     model(**batch())
@@ -132,18 +162,19 @@ def test_the_z_loss_of_bamba_is_refused_when_patched_and_when_raised_later():
 
 
 def test_logits_used_inside_the_forward_name_the_cure():
-    def look(self, output):
-        if self.look:
-            self.seen = output.logits[:, 3].argmax(-1)
+    seen = []
 
-    model = patch_model(_llama(look, look=False))
-    model.look = True
+    def look(_, output):
+        if output.logits.shape[1] != 3:  # the probe has three tokens
+            seen.append(output.logits[:, 3].argmax(-1))
+
+    model = patch_model(_llama(look))
     with pytest.raises(
         RuntimeError, match=r"failed after its head \(IndexError.* skip_logits=False"
     ):
         model(**batch())
     model(**batch(), skip_logits=False)
-    assert model.seen.shape == (2,)
+    assert seen[0].shape == (2,)
 
 
 @pytest.mark.parametrize(

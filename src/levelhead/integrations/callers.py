@@ -61,7 +61,8 @@ def refuse_missing_logits(model: nn.Module) -> None:
         RuntimeError: Trainer is to give them to `compute_metrics`, or to return them from `predict`.
     """
     for _, frame in trainers_at_work():
-        if frame.f_code.co_name == "prediction_step":
+        # Trainer's own: that of a user, or one that generates, may want the loss alone.
+        if frame.f_code is sys.modules["transformers.trainer"].Trainer.prediction_step.__code__:
             if not frame.f_locals.get("prediction_loss_only", True):
                 raise RuntimeError(
                     f"the patched {type(model).__name__} has eval_logits=False, but Trainer wants "

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .hollow import output_field, withhold_labels
+from .hollow import is_mapping, output_field, withhold_labels
 from .loss_call import ChangedError, LossCall, run
 
 
@@ -34,13 +34,14 @@ def forward_with_loss(
         output = run(call, forward, model, **given)
     except ChangedError:
         raise
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if call.loss is None or call.keep_logits:
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if call.loss is None or call.keep_logits or out_of_memory:
             raise
         raise RuntimeError(
             f"the forward of the patched {type(model).__name__} failed after its head "
-            f"({type(error).__name__}: {error}). In training its logits are a stand-in of shape "
-            "(1, 1, 1): what needs the logits themselves can be called with skip_logits=False"
+            f"({type(error).__name__}: {error}). In training its logits are a stand-in for one token: if "
+            "it needs them all, call it with skip_logits=False"
         ) from error
     if own_loss:
         loss = call.hand_back(output_field(output, "logits"))
@@ -51,8 +52,7 @@ def forward_with_loss(
                 f"{type(model).__name__} did not ask loss_function for its loss, so there is none; "
                 "use unpatch_model to train this model"
             )
-        if call.kept and getattr(output, "aux_loss", None) is None:
-            call.check_returned(loss)
+        call.check_returned(loss)
     return _rebuilt(model, call, output, loss, return_dict)
 
 
@@ -61,8 +61,11 @@ def _rebuilt(model: Any, call: LossCall, output: Any, loss: Any, return_dict: bo
     drop = not call.keep_logits
     if type(output) is tuple:
         return (loss, *output[2 if drop else 1 :])
-    if type(output) is dict:
-        return {k: v for k, v in output.items() if not (drop and k == "logits")} | {"loss": loss}
+    if is_mapping(output):
+        output["loss"] = loss
+        if drop:
+            output.pop("logits", None)
+        return output
     if not isinstance(output, Mapping):
         changes = {"loss": loss} | ({"logits": None} if drop else {})
         if hasattr(output, "_replace"):
@@ -72,7 +75,10 @@ def _rebuilt(model: Any, call: LossCall, output: Any, loss: Any, return_dict: bo
     fields = dict(output) | {"loss": loss}
     if drop:
         fields["logits"] = None
-    output = type(output)(**fields)
+    more = {} if torch.compiler.is_compiling() else _beside_fields(output)
+    output = type(output)(**{k: v for k, v in fields.items() if k not in more})
+    for name, value in more.items():
+        output[name] = value
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     if not return_dict:
@@ -80,6 +86,12 @@ def _rebuilt(model: Any, call: LossCall, output: Any, loss: Any, return_dict: bo
     if drop and not torch.compiler.is_compiling():
         vars(output)["logits"] = NoLogits()  # an attribute, and no item
     return output
+
+
+def _beside_fields(output: Any) -> dict[str, Any]:
+    """What a forward put into an output class that has no field for it."""
+    names = {field.name for field in dataclasses.fields(output)}
+    return {k: v for k, v in (vars(output) | dict(output)).items() if k not in names}
 
 
 class NoLogits:
@@ -99,7 +111,9 @@ class NoLogits:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = (
         _refuse
     )
-    __neg__ = __lt__ = __gt__ = _refuse
+    __floordiv__ = __mod__ = __pow__ = __neg__ = __abs__ = __int__ = __format__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> NoReturn:

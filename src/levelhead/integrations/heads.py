@@ -40,30 +40,51 @@ def language_model(model: nn.Module) -> nn.Module:
         TypeError: `model` is no module.
         ValueError: there is none that has an output head.
     """
-    if not isinstance(model, nn.Module):
-        raise _no_module(model)
-    # Looked up on the class: wrappers forward what an instance is asked for. The first one counts:
-    # the language model within a larger model does not make the loss of that.
-    for module in model.modules():
-        if isinstance(getattr(type(module), "loss_function", None), property):
-            model = module
-            break
-    else:
+    check_module(model)
+    outermost = dict(_outermost(model))
+    if not outermost:
         raise refusal(model, "it has no loss_function", "Pass a Hugging Face language model")
+    # Of a wrapper around a language model and other models, a vision tower or a value head, that one.
+    owners = {path: m for path, m in outermost.items() if _embeddings(m) is not None}
+    if len(owners) > 1:
+        reason = f"it holds several language models, at {' and '.join(map(repr, owners))}"
+        raise refusal(model, reason, "Pass the one to train")
+    model = next(iter((owners or outermost).values()))
+    if not isinstance(getattr(type(model), "loss_function", None), property):
+        reason = "its class defines a loss_function of its own"
+        raise refusal(
+            model, reason, "Set it on the model before patch_model: model.loss_function = ..."
+        )
     if _embeddings(model) is None:
         remedy = "Pass the Hugging Face language model that owns the head and returns the loss"
         raise refusal(model, "it has no output embeddings", remedy)
     return model
 
 
-def _no_module(model: Any) -> TypeError:
-    """The error for what is given in place of a model: its name, its class, its weights, its trainer."""
+def _outermost(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The models with a loss function that are in no other such model, by path.
+
+    A language model within a larger model does not make the loss of that.
+    """
+    if hasattr(
+        type(model), "loss_function"
+    ):  # on the class: wrappers forward what an instance is asked for
+        yield path, model
+        return
+    for name, child in model.named_children():
+        yield from _outermost(child, f"{path}.{name}" if path else name)
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is given in place of a model: its name, its class, its weights, its trainer."""
+    if isinstance(model, nn.Module):
+        return
     kind = type(model).__name__
     if isinstance(getattr(model, "model", None), nn.Module):
-        return TypeError(f"a language model is needed, got the {kind} of one; pass its .model")
+        raise TypeError(f"a language model is needed, got the {kind} of one; pass its .model")
     names = isinstance(model, (str, Path))
     what = f"the class {model.__name__}" if isinstance(model, type) else kind
-    return TypeError(
+    raise TypeError(
         f"a language model is needed, got {repr(str(model)) if names else what}; load one first, as "
         "AutoModelForCausalLM.from_pretrained(name) does, and pass that"
     )

@@ -29,6 +29,7 @@ class HollowRun:
         leaf: what that loss is, a tensor to differentiate by.
         output: of the forward; None if it was stopped at its loss.
         inputs: what its modules were called with.
+        left: what it holds afterwards.
     """
 
     logits: Any = None
@@ -39,6 +40,7 @@ class HollowRun:
     leaf: Tensor | None = None
     output: Any = None
     inputs: list[Any] = field(default_factory=list)
+    left: dict[str, Any] = field(default_factory=dict)
 
 
 class _AtLoss(Exception):  # noqa: N818 (no error: the forward has come to its loss)
@@ -91,17 +93,27 @@ def run_hollow(
     shell.loss_function = loss_function
     mask = torch.ones_like(labels)
     mask[-1, ::2] = 0  # must not change what the loss sees: a label on padding counts as any other
+    ids = torch.zeros_like(labels)
+    if not is_builtin(original_class(model).forward):
+        # What it makes of its labels may depend on them. (Of transformers' own, image tokens would want images.)
+        ids = labels.clamp(min=0)
     given: dict[str, Any] = {
-        "input_ids": torch.zeros_like(labels),
+        "input_ids": ids,
         "attention_mask": mask,
         "labels": labels.clone(),
     }
+    if "position_ids" in inspect.signature(type(shell).forward).parameters:
+        length = labels.shape[-1]  # of two packed sequences
+        given["position_ids"] = (torch.arange(length) % -(-length // 2)).expand_as(labels)
     if withheld:
         withhold_labels(model, given)
     try:
-        found.output = shell.forward(**accepted(type(shell), given))
+        # A forward that draws random numbers must not change those that training draws.
+        with torch.random.fork_rng([]):
+            found.output = shell.forward(**accepted(type(shell), given))
         if found.labels is None:
             found.logits = _plain(output_field(found.output, "logits"))
+        found.left = vars(shell)
     except _AtLoss:
         pass
     except Exception as error:
@@ -124,12 +136,29 @@ def accepted(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def output_field(output: Any, name: str) -> Any:
     """The loss or the logits in what a forward returned: an output class, a dictionary or a tuple."""
-    if type(output) is dict:
+    if is_mapping(output):
         return output.get(name)
     if type(output) in (tuple, list):
         position = ("loss", "logits").index(name)
         return output[position] if len(output) > position else None
     return getattr(output, name, None)
+
+
+def version(tensor: Any) -> int | None:
+    """How often `tensor` was changed in place, where torch counts that."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None
+    return tensor._version
+
+
+def is_mapping(output: Any) -> bool:
+    """Whether what a forward returned is a dictionary, and no output class, which has attributes too."""
+    return isinstance(output, dict) and not hasattr(type(output), "to_tuple")
+
+
+def is_builtin(function: Any) -> bool:
+    """Whether a function is part of transformers."""
+    return getattr(function, "__module__", "").partition(".")[0] == "transformers"
 
 
 def withhold_labels(model: Any, given: dict[str, Any]) -> None:
@@ -156,6 +185,10 @@ class _Hidden(Tensor):
     @property
     def last_hidden_state(self) -> Tensor:
         return self
+
+    @property
+    def hidden_states(self) -> tuple[Tensor, ...]:
+        return (self,)
 
     def __getitem__(self, index: Any) -> Any:
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
@@ -212,8 +245,12 @@ def _hollow(
         else:
             children[name] = _hollow(child, path[1:], z, hidden, inputs)
     shell = object.__new__(original_class(module))
+    # What a forward counts or collects in the model must not count the probe.
+    copied = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set)}
+    buffers = {k: None if v is None else v.clone() for k, v in module._buffers.items()}
     hooks: dict[str, Any] = {name: {} for name in vars(module) if name.endswith("_hooks")}
-    vars(shell).update(vars(module), **hooks, _modules=children, training=True)
+    vars(shell).update(vars(module), **copied | hooks)
+    vars(shell).update(_modules=children, _buffers=buffers, training=True)
     vars(shell).pop("forward", None)  # Accelerate's, bound to the module itself
     if "config" in vars(shell):
         vars(shell)["config"] = _without_router_losses(vars(shell)["config"])

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .heads import language_model, path_of_head
-from .patched import patch_state
+from .patched import check_call, patch_state
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def patch_info(model: nn.Module) -> PatchInfo | None:
     Raises:
         TypeError: `model` is no module.
         ValueError: there is no language model in `model`.
+        RuntimeError: the patched model would refuse a call, since it was changed after the patch.
 
     Example:
         >>> print(patch_info(patch_model(model, smoothing=0.1)))
@@ -83,7 +84,7 @@ def patch_info(model: nn.Module) -> PatchInfo | None:
     state = patch_state(inner)
     if state is None:
         return None
-    found = state.transform
+    found = check_call(inner, state, {}).transform
     return PatchInfo(
         model=type(inner).__name__,
         head=path_of_head(inner),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ops import linear_cross_entropy
 from ..ops.checks import can_look, is_dtensor
+from .hollow import version
 from .probe import HeadTransform
 
 IGNORE_INDEX = -100  # of transformers' losses
@@ -29,6 +30,18 @@ _LOGITS_TOLERANCE = 1e-3
 
 # What every loss function of transformers takes, and the patch does as well.
 LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+# What a forward of transformers hands on to its loss function although it is for other modules.
+_OUTPUT_OPTIONS = frozenset(
+    {
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "return_dict",
+    }
+    | {"attention_mask", "position_ids", "cache_position", "pad_token_id", "vision_feature_layer"}
+    | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+)
 
 
 class Objective(Protocol):
@@ -67,30 +80,35 @@ class LossCall:
     objective: Objective | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    answer: Any = None  # of the head: the tensor, its version, and the number at its start
+    answer: Any = (
+        None  # of the head: the tensor, its version, and numbers in it, (V,), for one token
+    )
     returned: Tensor | None = None  # the loss, as the model was handed it
-    versions: tuple[int | None, ...] = ()  # of labels, shift_labels and returned
+    handed_version: int | None = None  # how often that had been changed in place
 
     def __post_init__(self) -> None:
         shifted = self.target if self.shift_labels is None else self.shift_labels
-        self.versions = version(self.labels), version(shifted)
+        self._given = _Given(self.labels), _Given(shifted)
 
     def loss_function(
         self, logits: Tensor, labels: Any, vocab_size: Any = None, *args: Any, **options: Any
     ) -> Tensor:
         """The loss the head left here, in place of one computed from `logits`."""
-        del vocab_size
         if self.returned is not None:
             raise ChangedError(
                 "the model asked for its loss twice in one training forward, but patch_model knows "
                 "the labels of one only. Use unpatch_model to train this model"
             )
         self._check_options(args, options)
-        same = [_same("labels", labels, self.labels, self.versions[0])]
+        if isinstance(vocab_size, int) and vocab_size != logits.shape[-1]:
+            raise ChangedError(
+                f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
+                "the vocabulary sizes of the model's config and its head agree"
+            )
+        same = [self._given[0].reaches("labels", labels)]
         shifted = options.get("shift_labels")
         if shifted is not None:  # the model may make them, where it does not shift
-            given = self.target if self.shift_labels is None else self.shift_labels
-            same.append(_same("shift_labels", shifted, given, self.versions[1]))
+            same.append(self._given[1].reaches("shift_labels", shifted))
         elif self.shift_labels is not None:
             raise ChangedError(_edited("shift_labels", "by not passing them on"))
         return self.hand_back(logits, *same)
@@ -106,7 +124,7 @@ class LossCall:
         others = sorted(
             name
             for name, value in options.items()
-            if name not in LOSS_OPTIONS
+            if name not in LOSS_OPTIONS | _OUTPUT_OPTIONS
             and value is not None
             and (self.honoured is None or name in self.honoured)
         )
@@ -164,13 +182,13 @@ class LossCall:
             logits: the head's answer, after the model's own scale, cap and cut.
             same: whether other things are as expected; where a tensor () says no, the loss is NaN.
         """
-        # The stand-in is (1, 1, 1), or a bias (V,) was added to it. Logits that are kept are not asked for
-        # their size, which torch.export would take for a constant.
+        # The stand-in is (1, 1, V). Logits that are kept are not asked for how many tokens they are of, which
+        # torch.export would take for a constant.
         if self.loss is None or not (self.keep_logits or logits.shape[:-1].numel() == 1):
             raise ChangedError(
                 "the loss was asked for, but the patched head did not compute it: the head was "
-                "replaced or wrapped after patch_model (by an adapter, quantisation or "
-                "resize_token_embeddings). Undo that, or call patch_model again; "
+                "replaced, wrapped or given another forward after patch_model (by an adapter, quantisation or "
+                "resize_token_embeddings), or it ran in another thread. Undo that, or call patch_model again; "
                 "to train the head beside an adapter, list it in modules_to_save"
             )
         # Adds nothing, but leads the backward pass through whatever became of the head's output:
@@ -182,87 +200,101 @@ class LossCall:
             if isinstance(expected, Tensor):
                 anchor = anchor.masked_fill(~expected, torch.nan)
         self.lead_through(anchor)
-        loss: Tensor = self.loss + anchor
-        self.returned = loss
-        self.versions = (*self.versions, version(loss))
-        return loss
+        self.returned = self.loss + anchor
+        self.handed_version = version(self.returned)
+        if not (self.keep_logits or torch.compiler.is_compiling() or torch.is_anomaly_enabled()):
+            # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
+            # No gradient comes to the head from here, so none is NaN.
+            part.data.fill_(torch.nan)
+        return self.returned
 
     def lead_through(self, anchor: Tensor) -> None:
         """Take up an anchor (), for other results than the loss: 0, but NaN where the loss is."""
 
     def _as_probed(self, logits: Tensor, part: Tensor) -> bool | Tensor:
-        """Whether the model did with the head's output what the probe has found: its first entry tells."""
-        answer, own = self.answer, self.own
-        plain = own.logit_scale == 1 and own.softcap is None
-        if not torch.compiler.is_compiling():
-            unchanged = logits is answer[0] and version(logits) == answer[1]
-            if unchanged and plain:
-                return True
-        sent = answer[2]
+        """Whether the model did with the head's output what the probe has found: one token tells."""
+        answer, before, sent = self.answer
+        own = self.own
+        plain = own.logit_scale == 1 and own.softcap is None and own.vocab_size is None
+        untouched = logits is answer and version(logits) == before
+        if plain and untouched and not torch.compiler.is_compiling():
+            return True
         if sent is None:
             return True
-        # Of a stand-in to which (V,) numbers were added every entry is checked.
-        got = part.detach().reshape(-1)
-        got = got[:1] if self.keep_logits else got
-        want = own(sent.to(torch.promote_types(sent.dtype, torch.float32)).reshape(-1, 1)).reshape(
-            -1
-        )
-        tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
-        near = (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
-        as_probed = (near | ~want.isfinite()).all()
-        if not can_look(part):
-            return as_probed
-        if not as_probed:
+        want = own(sent.to(torch.promote_types(sent.dtype, torch.float32)))
+        if part.shape[-1] != len(want):
             raise ChangedError(
-                f"the output {sent.item():.6g} of the head reaches the loss as {got[0].item():.6g}, "
-                f"where patch_model found {want.item():.6g}: an argument of this call or something "
-                "in the model acts on its logits, and patch_model cannot follow that. If the model "
-                "was changed, call patch_model again; if it is an argument, leave it out or use "
-                "unpatch_model"
+                f"{part.shape[-1]} of {len(sent)} vocabulary entries reach the loss, where patch_model "
+                f"found {len(want)}. {_CURE}"
+            )
+        got = part.detach().reshape(-1, len(want))[:1]
+        tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
+        near = (
+            (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
+        ) | ~want.isfinite()
+        if not can_look(part):
+            return near.all()
+        if not near.all():
+            entry = int((~near[0]).nonzero()[0])
+            raise ChangedError(
+                f"the output {sent[entry].item():.6g} of the head for vocabulary entry {entry} reaches "
+                f"the loss as {got[0, entry].item():.6g}, where patch_model found "
+                f"{want[entry].item():.6g}: an argument of this call, a hook or something in the model "
+                f"acts on its logits. {_CURE}"
             )
         return True
 
     def check_returned(self, loss: Any) -> None:
-        """Refuse a term that the model added to the loss it was handed."""
-        same = loss is self.returned
-        if not torch.compiler.is_compiling() and same:
-            same = version(loss) == self.versions[-1]
-        if not same:
+        """Refuse a loss to which the model has added a term made of its logits."""
+        untouched = loss is self.returned and version(loss) == self.handed_version
+        if untouched or self.keep_logits or self.loss is None:
+            return
+        if torch.compiler.is_compiling():
+            bad = self.kept
+        else:
+            bad = can_look(loss) and bool(loss.isnan()) and not bool(self.loss.isnan())
+        if bad:
             raise ChangedError(
                 "the model changed its loss after loss_function, which it did not do when it was "
-                "patched: it may add a term made of its logits, of which there are none in training. "
-                "Call patch_model again to have it looked at, or use unpatch_model"
+                "patched: it adds a term made of its logits, of which there are none in training. Leave "
+                "that term out, call the model with skip_logits=False, or use unpatch_model"
             )
 
 
-def version(tensor: Any) -> int | None:
-    """How often `tensor` was changed in place, where torch counts that."""
-    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
-        return None
-    return tensor._version
+_CURE = (
+    "patch_model cannot follow that. If the model was changed, call patch_model again; if it is an "
+    "argument or a hook, leave it out or use unpatch_model"
+)
 
 
-def _same(name: str, arrived: Any, given: Any, before: int | None) -> bool | Tensor:
-    """Whether labels reach the loss as the forward was given them."""
-    if arrived is given and version(given) == before:
+class _Given:
+    """Labels as a forward is given them, and whether they reach the loss like that."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+        self._before = version(labels)
+        # A change through .data or NumPy is not counted as one.
+        self._copy = labels.clone() if can_look(labels) else labels
+
+    def reaches(self, name: str, arrived: Any) -> bool | Tensor:
+        """Whether what arrived are the same labels; where looking would take a synchronisation, a Tensor ()."""
+        given = self._labels
+        if not isinstance(arrived, Tensor):
+            raise ChangedError(_edited(name, f"from {_kind(given)} to {_kind(arrived)}"))
+        if arrived.shape != given.shape:
+            change = f"from shape {tuple(given.shape)} to {tuple(arrived.shape)}"
+            raise ChangedError(_edited(name, change))
+        if can_look(arrived) and self._copy.device == arrived.device:
+            if not torch.equal(arrived, self._copy):
+                at = tuple((arrived != self._copy).nonzero()[0].tolist())
+                change = f"at {list(at)} from {self._copy[at].item()} to {arrived[at].item()}"
+                raise ChangedError(_edited(name, change))
+            return True
+        if arrived is not given:
+            return (arrived == given.to(arrived.device)).all()
+        if version(given) != self._before:
+            raise ChangedError(_edited(name, "in place"))
         return True
-    if not isinstance(arrived, Tensor) or not isinstance(given, Tensor):
-        raise ChangedError(_edited(name, f"from {_kind(given)} to {_kind(arrived)}"))
-    if arrived.shape != given.shape:
-        change = f"from shape {tuple(given.shape)} to {tuple(arrived.shape)}"
-        raise ChangedError(_edited(name, change))
-    if arrived is given:
-        raise ChangedError(_edited(name, "in place"))
-    if arrived.device != given.device:
-        given = given.to(arrived.device)
-    same: Tensor = (arrived == given).all()
-    if not can_look(arrived):
-        return same
-    if not same:
-        at = tuple((arrived != given).nonzero()[0].tolist())
-        change = f"at {list(at)} from {given[at].item()} to {arrived[at].item()}"
-        raise ChangedError(_edited(name, change))
-    return True
 
 
 def _kind(value: Any) -> str:

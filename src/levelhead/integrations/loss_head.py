@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import is_dtensor
+from ..ops.checks import autocast_is_on, is_dtensor
 from .heads import intercepts_linear
+from .hollow import version
 from .labels import check_labels
-from .loss_call import IGNORE_INDEX, LossCall, Shown, under_way, version
+from .loss_call import IGNORE_INDEX, LossCall, Shown, under_way
 
 # Heads that have warned of a call past the forward of their model.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -47,17 +48,29 @@ class LossHead(nn.Linear):
         call.loss = _head_loss(self, input, call)
         if call.keep_logits:
             logits = self._logits(input)
-            # A copy: models scale logits in place.
-            first = None if is_dtensor(logits) else logits.detach().reshape(-1)[:1].clone()
-            call.answer = logits, version(logits), first
+            sent = None
+            if not is_dtensor(logits):
+                # A copy: models scale logits in place.
+                sent = logits.detach().reshape(-1, logits.shape[-1])[:1].flatten().clone()
+            call.answer = logits, version(logits), sent
             return logits
-        # As many dimensions as logits have; no view, because models scale logits in place.
-        loss = call.loss.reshape(1, 1, 1).clone()
         if is_dtensor(input):  # torch's tensor parallelism: its hooks want in return what they gave
             whole: Any = input
+            loss: Tensor = call.loss.reshape(1, 1, 1).clone()
             loss = whole.from_local(loss, whole.device_mesh, whole.placements)
-        call.answer = loss, version(loss), call.loss.detach()
-        return loss
+            call.answer = loss, version(loss), None
+            return loss
+        sent = _numbers(self.out_features, call.loss.device, self._dtype_of(input))
+        # As many dimensions as logits have. Nothing of the loss but its place in the graph, of which no gradient comes.
+        never = torch.zeros((), dtype=torch.bool, device=sent.device)
+        stand_in = torch.where(never, call.loss.to(sent.dtype), sent.reshape(1, 1, -1))
+        call.answer = stand_in, version(stand_in), sent
+        return stand_in
+
+    def _dtype_of(self, input: Tensor) -> torch.dtype:  # noqa: A002
+        """That of the logits of `input`."""
+        device = input.device.type
+        return torch.get_autocast_dtype(device) if autocast_is_on(device) else input.dtype
 
     def extra_repr(self) -> str:
         """The sizes of the layer and, printed with its model, the options of the patch."""
@@ -68,6 +81,25 @@ class LossHead(nn.Linear):
         # Tensor parallelism sets a forward on the instance, which patch_model has put aside.
         own: Callable[[Tensor], Tensor] = vars(self).get("_levelhead_forward", super().forward)
         return own(input)
+
+
+def _numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers of both signs and of magnitudes 0.01 to 3000, (size,): no scale, cap, mask or cut of them goes unseen."""
+    if torch.compiler.is_compiling():
+        return _new_numbers(size, device, dtype)
+    return _kept_numbers(size, device, dtype)
+
+
+def _new_numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    index = torch.arange(size, device=device, dtype=torch.float32)
+    magnitude = 10 ** (5.5 * (0.6180339 * index).frac() - 2)
+    return torch.where(index % 2 < 1, magnitude, -magnitude).to(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return _new_numbers(size, device, dtype)
 
 
 def _warn_of_logits(head: nn.Module) -> None:

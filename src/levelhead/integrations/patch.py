@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops.checks import is_dtensor
 from .heads import (
     BOUND_FORWARDS,
+    check_module,
     is_own_forward,
     language_model,
     linear_heads,
@@ -122,8 +123,10 @@ def unpatch_model(model: ModelT) -> ModelT:
         The same object.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: FSDP2 or the like has changed the class of the model since it was patched.
     """
+    check_module(model)
     for module in model.modules():
         if patch_state(module) is not None:
             _unpatch(module)

@@ -29,7 +29,7 @@ from .heads import class_path, inner_heads
 from .hollow import accepted
 from .loss_call import IGNORE_INDEX, LossCall, NoLoss, Objective, Shown, run, under_way
 from .loss_head import LossHead
-from .probe import HeadTransform, Probed, config_values, probe
+from .probe import HeadTransform, Probed, code_of, probe, watched
 from .probe_loss import loss_source
 
 
@@ -44,6 +44,7 @@ class PatchState:
     eval_smoothing: float
     eval_logits: bool
     objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
+    no_matter: frozenset[str] = frozenset()  # what changes in the model without effect on its loss
 
     @property
     def transform(self) -> HeadTransform:
@@ -228,7 +229,7 @@ def loss_call(
         return NoLoss.LEFT_ALONE
     if training and not model.training:
         _warn_of_eval_mode(model)
-    state = _checked(model, state, given)
+    state = check_call(model, state, given)
     objective = state.objective if training else None
     columns = dict(columns or {})
     if objective is not None and len(columns) < len(objective.columns):
@@ -269,7 +270,7 @@ def _target(labels: Any, shift_labels: Any, shift: bool, ignore_index: int) -> T
     return target
 
 
-def _checked(model: Any, state: PatchState, given: dict[str, Any]) -> PatchState:
+def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchState:
     """The patch of a model, looked at anew if its config has changed; refuses what it cannot serve."""
     name = type(model).__name__
     if "_is_replica" in vars(model):
@@ -295,9 +296,8 @@ def _checked(model: Any, state: PatchState, given: dict[str, Any]) -> PatchState
             "with it"
         )
     # The compiler could not trace a probe; it guards on what the model's own forward reads.
-    if not torch.compiler.is_compiling() and config_values(model) != state.probed.config:
-        state = replace(state, probed=probe(model))
-        vars(model)["_levelhead"] = state
+    if not torch.compiler.is_compiling():
+        state = _looked_at_again(model, state)
     known = state.probed.forward_arguments
     if known is not None:
         unknown = sorted(given.keys() - known)
@@ -306,11 +306,34 @@ def _checked(model: Any, state: PatchState, given: dict[str, Any]) -> PatchState
                 f"the patched {name} computes its loss itself, and {unknown[0]} may change it in a way "
                 "that patch_model does not know. Leave it out, or use unpatch_model"
             )
+    if state.transform.own_loss and given.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        raise RuntimeError(
+            f"the patched {name} computes its loss itself, without ignore_index. Set labels that do not "
+            f"count to {IGNORE_INDEX}"
+        )
     if not state.probed.takes_shift_labels and given.get("shift_labels") is not None:
         raise RuntimeError(
             f"the patched {name} computes its loss from labels, and shift_labels would not change it. "
             "Pass labels alone, or use unpatch_model"
         )
+    return state
+
+
+def _looked_at_again(model: Any, state: PatchState) -> PatchState:
+    """The patch of a model, after another look at it if something has changed that its loss may depend on."""
+    before = state.probed
+    found = watched(model, before.code[1]).items()
+    same = before.watched == {n: v for n, v in found if n not in state.no_matter}
+    if same and code_of(model) == before.code:
+        return state
+    probed = probe(model)
+    # What changes from step to step without effect, such as a count of steps, is no reason to look again.
+    no_matter = state.no_matter
+    if replace(probed, watched={}) == replace(before, watched={}):
+        no_matter |= {n for n, v in probed.watched.items() if before.watched.get(n, v) != v}
+    kept = {n: v for n, v in probed.watched.items() if n not in no_matter}
+    state = replace(state, probed=replace(probed, watched=kept), no_matter=no_matter)
+    vars(model)["_levelhead"] = state
     return state
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import linear_heads, path_of_head, refusal
-from .hollow import HollowRun, normal, run_hollow
+from .heads import linear_heads, original_class, path_of_head, refusal
+from .hollow import HollowRun, normal, run_hollow, version
 from .probe_loss import (
     forward_arguments,
     loss_function,
@@ -67,7 +67,8 @@ class Probed:
 
     Attributes:
         transform: what it does with the output of its head.
-        config: the values in its config and the numbers it holds itself, on which that may depend.
+        watched: what that may depend on and may be changed, as of `watched`.
+        code: the forward and the loss function themselves.
         loss_source: where its loss function comes from, as of `loss_source`.
         loss_options: arguments by which that changes the loss that the patch does not know; None: any.
         takes_shift_labels: whether its loss counts `shift_labels`, where it is given them.
@@ -77,7 +78,8 @@ class Probed:
     """
 
     transform: HeadTransform
-    config: tuple[Any, ...]
+    watched: dict[str, Any]
+    code: tuple[Any, Any]
     loss_source: tuple[Any, str | None]
     loss_options: frozenset[str] | None
     takes_shift_labels: bool
@@ -95,7 +97,8 @@ def probe(model: Any) -> Probed:
     function = loss_function(model)
     return Probed(
         transform,
-        config_values(model),
+        watched(model, function),
+        code_of(model),
         loss_source(model),
         loss_options(function),
         takes_shift_labels=not transform.own_loss and takes_shift_labels(function),
@@ -104,20 +107,38 @@ def probe(model: Any) -> Probed:
     )
 
 
+def code_of(model: Any) -> tuple[Any, Any]:
+    """The forward of the class of a model, and its loss function: someone may replace them there, too."""
+    return original_class(model).forward, loss_function(model)
+
+
 _SIMPLE = (int, float, bool, str, type(None))
 
 
-def config_values(model: Any) -> tuple[Any, ...]:
-    """The simple values in the config of a model and those within it, and the model's own numbers."""
-    found: list[Any] = [value for value in vars(model).values() if type(value) is float]
-    configs = [model.config]
-    for config in configs:  # grows
-        for value in vars(config).values():
+def watched(model: Any, function: Any) -> dict[str, Any]:
+    """What of a model may change what it does with its logits: simple values, lists of them, and tensors.
+
+    Those in its config and the configs within it, those that it keeps itself, and those of its loss function,
+    if that is an object with some. Of a tensor, which it is and how often it was changed.
+    """
+    found: dict[str, Any] = {}
+    places: list[tuple[str, Any]] = [
+        ("config.", model.config),
+        ("", model),
+        ("loss_function.", function),
+    ]
+    for place, holder in places:  # grows
+        for name, value in getattr(holder, "__dict__", {}).items():
             if type(value) in _SIMPLE:
-                found.append(value)
+                if name != "training":
+                    found[place + name] = value
+            elif type(value) in (list, tuple) and all(type(v) in _SIMPLE for v in value):
+                found[place + name] = tuple(value)
+            elif isinstance(value, Tensor):
+                found[place + name] = id(value), version(value)
             elif hasattr(value, "to_diff_dict"):
-                configs.append(value)
-    return tuple(found)
+                places.append((f"{place}{name}.", value))
+    return found
 
 
 def probe_head(model: nn.Module) -> HeadTransform:
@@ -134,7 +155,7 @@ def probe_head(model: nn.Module) -> HeadTransform:
             tokens, or the logits of that loss are not `HeadTransform(...)(head(hidden))`.
     """
     (head, *_), path = linear_heads(model), path_of_head(model)
-    with torch.device("cpu"), torch.enable_grad():
+    with torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
         labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
         z = _head_outputs(*labels.shape, head.out_features)
         hidden = normal(*labels.shape, head.in_features, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import original_class, path_of_head, refusal
-from .hollow import HollowRun, normal, output_field, run_hollow
+from .hollow import HollowRun, is_builtin, is_mapping, normal, output_field, run_hollow
 
 _REMEDY = "The patch would replace its loss by one that differs; train it without the patch"
 
@@ -30,7 +31,7 @@ def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bo
         ValueError: other labels reach it than the model is given, or it is no cross-entropy.
     """
     function = loss_function(model)
-    tokens = _TOKENS if _is_builtin(function) else max(_TOKENS, _LOGITS // vocab_size)
+    tokens = _TOKENS if is_builtin(function) else max(_TOKENS, _LOGITS // vocab_size)
     labels = _labels(model, vocab_size, tokens)
     few = labels[:, :_TOKENS]  # all of it would take V hidden states
     run = _run(model, path, head, few)
@@ -45,7 +46,11 @@ def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bo
             return torch.as_tensor(got)
         except Exception as error:
             reason = f"its loss_function failed on a probe ({type(error).__name__}: {error})"
-            raise refusal(model, reason, _REMEDY) from error
+            remedy = (
+                "It must take logits, labels, vocab_size and num_items_in_batch=None by name, and **kwargs; "
+                "or train this model without the patch"
+            )
+            raise refusal(model, reason, remedy) from error
 
     shift = _shifts(model, loss(None), logits, labels)
     want = _cross_entropy(logits, labels, shift, reduction="sum") / 4
@@ -61,8 +66,8 @@ def shifts_labels_itself(model: Any, path: str, head: nn.Linear, vocab_size: int
     Raises:
         ValueError: the loss is no cross-entropy, or more than that depends on the labels.
     """
-    is_builtin = _is_builtin(original_class(model).forward)
-    tokens = _TOKENS if is_builtin else max(_TOKENS, _LOGITS // vocab_size)
+    builtin = is_builtin(original_class(model).forward)
+    tokens = _TOKENS if builtin else max(_TOKENS, _LOGITS // vocab_size)
     labels = _labels(model, vocab_size, tokens)
     run = _run(model, path, head, labels)
     loss = output_field(run.output, "loss")
@@ -91,18 +96,20 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
             there are none.
     """
     path = path_of_head(model)
-    with torch.device("cpu"), torch.enable_grad():
+    with torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
         labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
         z = normal(*labels.shape, head.out_features, seed=4).requires_grad_()
         # As likely as not, or right for every label, shifted or not: that is what an accuracy sees.
         right = [F.one_hot(y.clamp(min=0), head.out_features) for y in (labels, labels.roll(-1, 1))]
         hidden = normal(*labels.shape, head.in_features, seed=5)
         run = run_hollow(model, path, z, hidden, labels, past_loss=True)
+        if not _is_known(run.output):
+            reason = f"its forward returns a {type(run.output).__name__}"
+            raise refusal(model, reason, "Return an output class, a dictionary or a tuple")
         loss = output_field(run.output, "loss")
-        if not isinstance(loss, Tensor) or not loss.requires_grad or run.leaf is None:
-            raise refusal(
-                model, "its forward does not return what its loss_function gives", _REMEDY
-            )
+        if run.leaf is None or not isinstance(loss, Tensor) or not loss.requires_grad or loss.dim():
+            reason = "its forward does not return what its loss_function gives"
+            raise refusal(model, reason, _REMEDY)
         factor, slope = torch.autograd.grad(loss, (run.leaf, z), allow_unused=True)
         if factor is None or factor != 1:
             got = 0.0 if factor is None else factor.item()
@@ -110,10 +117,10 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
         moved = []
         for other in (-z.detach(), *(9.0 * z.detach().abs().amax() * hot for hot in right)):
             again = run_hollow(model, path, other, hidden, labels, past_loss=True)
-            there = _tensors(again.output)
+            there = _tensors(again)
             moved += [
                 name
-                for name, value in _tensors(run.output).items()
+                for name, value in _tensors(run).items()
                 if name not in there or not torch.equal(value, there[name])
             ]
         if slope is not None and slope.any():
@@ -121,12 +128,11 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
     if moved:
         raise refusal(
             model,
-            f"after its loss_function it makes more of its logits: its {moved[0]} depends on them, and "
-            "in training there are none",
-            "Set the coefficient of that term to 0, or train it without the patch",
+            f"it makes more of its logits than its loss: its {moved[0]} depends on them, and in training "
+            "there are none",
+            "Leave that out (set the coefficient of a term of the loss to 0), or train it without the patch",
         )
-    builtin = _is_builtin(original_class(model).forward)
-    return not builtin and loss is run.returned and loss._version == 0
+    return loss is run.returned and not is_builtin(original_class(model).forward)
 
 
 def _run(
@@ -169,12 +175,14 @@ def loss_function(model: Any) -> Any:
 
 def loss_source(model: Any) -> tuple[Any, str | None]:
     """What decides on the loss function of a model: one that was set on it, and the name of its kind."""
-    return vars(model).get("_loss_function"), vars(model).get("loss_type")
+    # Not vars(model).get, on which compiled code has no guard.
+    set_on_it = model._loss_function if hasattr(model, "_loss_function") else None
+    return set_on_it, model.loss_type if hasattr(model, "loss_type") else None
 
 
 def loss_options(function: Any) -> frozenset[str] | None:
     """Arguments by which a loss function changes the loss that the patch does not know; None: any may."""
-    if not _is_builtin(function):
+    if not is_builtin(function):
         return None
     # What it does not name it passes on to torch's cross-entropy, without these.
     return frozenset(inspect.signature(function).parameters.keys() - _KNOWN)
@@ -192,33 +200,35 @@ def forward_arguments(model: Any) -> frozenset[str] | None:
     was derived from.
     """
     cls = original_class(model)
-    if _is_builtin(cls.forward):
+    if is_builtin(cls.forward):
         return None
     names = {"num_items_in_batch", "return_dict", "output_attentions", "output_hidden_states"}
     for base in cls.__mro__:
-        if "forward" in vars(base) and _is_builtin(base.forward):
+        if "forward" in vars(base) and is_builtin(base.forward):
             return frozenset(names | set(inspect.signature(base.forward).parameters))
     return frozenset(names | {"input_ids", "attention_mask", "position_ids", "labels", "use_cache"})
 
 
-def _is_builtin(function: Any) -> bool:
-    return getattr(function, "__module__", "").partition(".")[0] == "transformers"
+def _is_known(output: Any) -> bool:
+    """Whether what a forward returned is of a kind whose loss can be set."""
+    is_tuple = type(output) is tuple or hasattr(output, "_replace")
+    return is_tuple or is_mapping(output) or dataclasses.is_dataclass(output)
 
 
-def _tensors(output: Any) -> dict[str, Tensor]:
-    """The tensors that a forward returned, but its logits, by name; of a tuple by position."""
-    if type(output) is dict:
-        fields = output
-    elif type(output) in (tuple, list):
+def _tensors(run: HollowRun) -> dict[str, Tensor]:
+    """The tensors that a forward returned, by name, but its logits; and those that it left in the model."""
+    output = run.output
+    if is_mapping(output):
+        fields = dict(output)
+    elif type(output) is tuple:
         names = ("loss", "logits", *map(str, range(2, len(output))))
         fields = dict(zip(names, output, strict=False))
+    elif hasattr(output, "_asdict"):
+        fields = output._asdict()
     else:
-        fields = output._asdict() if hasattr(output, "_asdict") else vars(output)
-    return {
-        name: value.detach()
-        for name, value in fields.items()
-        if isinstance(value, Tensor) and name != "logits"
-    }
+        fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    fields = {name: value for name, value in fields.items() if name != "logits"} | run.left
+    return {k: v.detach() for k, v in fields.items() if isinstance(v, Tensor)}
 
 
 def _check_same_inputs(model: nn.Module, own: list[Any], withheld: list[Any]) -> None:
@@ -241,6 +251,8 @@ def _check_same_inputs(model: nn.Module, own: list[Any], withheld: list[Any]) ->
 
 
 def _shifts(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
+    if loss.numel() != 1:
+        raise refusal(model, f"its loss is of shape {tuple(loss.shape)} and no number", _REMEDY)
     wants = [_cross_entropy(logits, labels, shift, "mean").item() for shift in (True, False)]
     for shift, want in zip((True, False), wants, strict=True):
         if torch.allclose(loss.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5):
