@@ -41,3 +41,14 @@ def test_the_first_label_predicts_nothing_and_may_be_anything():
     inputs["labels"][:, 0] = 999
     want = dense_loss(tiny(), **inputs)
     torch.testing.assert_close(patch_model(tiny())(**inputs).loss, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", [[[1, 2, 3]], batch()["labels"].numpy()], ids=["list", "NumPy"])
+def test_labels_are_tensors(labels):
+    with pytest.raises(TypeError, match=r"^labels must be a tensor of ids, got (list|ndarray)"):
+        patch_model(tiny())(batch()["input_ids"], labels=labels)
+
+
+def test_ignore_index_is_an_int():
+    with pytest.raises(TypeError, match=r"^ignore_index must be an int, got None; -100"):
+        patch_model(tiny())(**batch(), ignore_index=None)

@@ -119,3 +119,41 @@ def test_patching_again_takes_up_a_new_head():
     loss = patch_model(model)(**batch()).loss
     want = dense_loss(unpatch_model(model), **batch())
     torch.testing.assert_close(loss, want, rtol=0, atol=1e-12)
+
+
+def test_several_language_models_in_a_wrapper_are_refused():
+    pair = torch.nn.ModuleDict({"teacher": tiny(), "student": tiny("gemma2")})
+    with pytest.raises(ValueError, match="several language models, at 'teacher' and 'student'"):
+        patch_model(pair)
+    patch_model(pair["student"])
+
+
+def test_a_forward_that_counts_is_not_counted_by_the_probe():
+    class Counting(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            self.seen += 1
+            self.log.append(torch.rand(()))
+            return super().forward(input_ids, labels=labels, **kwargs)
+
+    model = tiny()
+    model.__class__ = Counting
+    model.register_buffer("seen", torch.zeros((), dtype=torch.long))
+    model.log = []
+    state = torch.random.get_rng_state()
+    patch_model(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.seen
+    assert not model.log
+    model(**batch())
+    assert model.seen == len(model.log) == 1
+
+
+def test_a_number_that_changes_in_every_step_is_looked_at_once(monkeypatch):
+    from levelhead.integrations import patched
+
+    model, looks, probe = patch_model(tiny()), [], patched.probe
+    monkeypatch.setattr(patched, "probe", lambda model: looks.append(1) or probe(model))
+    for step in range(5):
+        model.step = step
+        model(**batch())
+    assert len(looks) <= 2  # it appears, and it changes

@@ -220,6 +220,12 @@ def loss_call(
             refuse_other_losses(model)
             _warn_of_missing_labels(model)
         return NoLoss.WITHOUT_LABELS
+    ignore_index = given.get("ignore_index", IGNORE_INDEX)
+    _check_types(labels=labels, shift_labels=shift_labels)
+    if type(ignore_index) is not int:
+        raise TypeError(
+            f"ignore_index must be an int, got {ignore_index!r}; {IGNORE_INDEX} is the default"
+        )
     if skip_logits is None:
         skip_logits = training or not state.eval_logits
         if skip_logits and not training and not torch.compiler.is_compiling():
@@ -238,7 +244,6 @@ def loss_call(
             f"training batch, and this one has {tuple(columns)}; pass them to the model beside its "
             "labels (Trainer does with remove_unused_columns=False)"
         )
-    ignore_index = given.get("ignore_index", IGNORE_INDEX)
     target = _target(labels, shift_labels, state.transform.shift, ignore_index)
     if labels is None:
         labels = target  # without labels no model asks for its loss
@@ -258,6 +263,15 @@ def loss_call(
         objective=objective,
         columns=columns,
     )
+
+
+def _check_types(**labels: Any) -> None:
+    """Refuse labels that are no tensors."""
+    for name, value in labels.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor of ids, got {type(value).__name__}; torch.as_tensor makes one"
+            )
 
 
 def _target(labels: Any, shift_labels: Any, shift: bool, ignore_index: int) -> Tensor:
