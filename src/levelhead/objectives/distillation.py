@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, logical_and
 
 from ..calibration.predictions import check_choice
 from ..ops import checks, linear_logit_stats
@@ -18,7 +18,6 @@ from .checks import (
     no_log_probs,
     outside,
     refuse,
-    refuse_outside,
     twice,
 )
 
@@ -190,7 +189,7 @@ class Distillation:
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
         _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
-        counts = (teacher_ids[..., 0] != _IGNORE_INDEX) & (target != _IGNORE_INDEX)
+        counts = logical_and(teacher_ids[..., 0] != _IGNORE_INDEX, target != _IGNORE_INDEX)
         head = (input, linear_weight, linear_bias, softcap, logit_scale, None)
         return _losses(head, teacher_ids, teacher_log_probs, counts, self.normalisation)
 
@@ -208,13 +207,11 @@ def _losses(
     teacher = teacher_log_probs.detach().to(statistics_dtype(input.dtype))
     row = counts[..., None]
     teacher = teacher.where(row, 0)
-    there = row & (teacher != -torch.inf)
+    there = logical_and(row, teacher != -torch.inf)
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
-    teacher = refuse_outside(
-        teacher, outside("teacher_ids", ids, len(linear_weight), _PAD, there=there)
-    )
     teacher = refuse(
         teacher,
+        outside("teacher_ids", ids, len(linear_weight), _PAD, there=there),
         twice("teacher_ids", ids, _PAD),
         no_candidates(there, counts),
         no_log_probs(teacher, counts),
