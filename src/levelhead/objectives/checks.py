@@ -65,28 +65,21 @@ def refuse(values: Tensor, *wrongs: Wrong) -> Tensor:
     return values.masked_fill(reduce(torch.logical_or, bad)[..., None], torch.nan)
 
 
-def check_tensors(**named: object) -> None:
-    """Refuse what is no tensor."""
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
+def check_floats(**named: Tensor) -> None:
+    """Refuse what are no dense tensors of a dtype that is computed with."""
+    for name, values in named.items():
+        checks.check_tensor(name, values)
+        if values.dtype not in checks._FLOATS:
             raise TypeError(
-                f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one"
+                f"{name} must be float16, bfloat16, float32 or float64, got {values.dtype}"
             )
 
 
-def check_floats(**named: Tensor) -> None:
-    """Refuse tensors that are not floating point."""
-    check_tensors(**named)
-    for name, values in named.items():
-        if not values.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {values.dtype}")
-
-
 def check_integers(**named: Tensor) -> None:
-    """Refuse tensors that do not hold integers."""
-    check_tensors(**named)
+    """Refuse what are no dense tensors of integers."""
     for name, values in named.items():
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        checks.check_tensor(name, values)
+        if values.dtype not in checks._INTEGERS:
             raise TypeError(f"{name} must hold integers, got {values.dtype}")
 
 
@@ -118,7 +111,7 @@ def which_choices(probabilities: Tensor, valid: Tensor | None) -> Tensor:
     check_choices(probabilities)
     if valid is None:
         return torch.ones_like(probabilities, dtype=torch.bool)
-    check_tensors(valid=valid)
+    checks.check_tensor("valid", valid)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}; it says which choices there are")
     check_shape("valid", valid, probabilities.shape, probabilities.device)

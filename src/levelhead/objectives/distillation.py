@@ -13,7 +13,6 @@ from ..ops.gather import linear_gather
 from ..ops.statistics import statistics_dtype
 from .checks import (
     check_floats,
-    check_tensors,
     no_candidates,
     no_log_probs,
     outside,
@@ -186,6 +185,7 @@ class Distillation:
             ValueError: as :func:`distillation_loss`.
             IndexError: as :func:`distillation_loss`.
         """
+        checks.check_tensor("teacher_log_probs", teacher_log_probs)
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
         _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
@@ -305,9 +305,15 @@ def _check(
     teacher_log_probs: Tensor,
 ) -> None:
     """Refuse types, shapes and devices that do not go together."""
-    check_tensors(input=input, linear_weight=linear_weight, teacher_ids=teacher_ids)
-    check_floats(teacher_log_probs=teacher_log_probs)
+    tensors = (input, linear_weight, teacher_ids, teacher_log_probs)
+    if any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors):
+        raise TypeError(
+            "distillation_loss takes tensors, got a torch.fx.Proxy; so that torch.fx.symbolic_trace does not look "
+            'inside, name the function: torch.fx.wrap("distillation_loss") beside `from levelhead.objectives import '
+            "distillation_loss`; or use torch.export.export"
+        )
     checks.check_linear(_autocast(input), linear_weight, linear_bias)
+    check_floats(teacher_log_probs=teacher_log_probs)
     checks.check_ids("teacher_ids", teacher_ids, input, several=True)
     if teacher_ids.dim() != input.dim() or teacher_ids.shape[-1] == 0:
         raise ValueError(

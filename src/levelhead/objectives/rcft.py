@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.loss_call import IGNORE_INDEX
-from ..ops import linear_logit_stats
+from ..ops import checks, linear_logit_stats
 from ..ops.loss import token_loss
 from ..ops.statistics import statistics_dtype
 from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss
-from .checks import check_integers, check_tensors, outside, refuse, twice
+from .checks import check_integers, outside, refuse, twice
 
 _NO_CHOICE = "-1 stands for none"
 _POSITION = "it is where the letter is predicted, one before where it stands in input_ids"
@@ -153,7 +153,8 @@ def _sound(
     answer_position: Tensor,
 ) -> Tensor:
     """Refuse columns that do not go with the tokens; return 1 for each row, (B, 1), NaN where nobody can look."""
-    check_tensors(input=input, linear_weight=linear_weight)
+    checks.check_tensor("input", input)
+    checks.check_tensor("linear_weight", linear_weight)
     check_integers(target=target, choices=choices, answer_position=answer_position)
     if not (
         target.dim() == choices.dim() == 2
