@@ -56,7 +56,7 @@ def refuse(values: Tensor, *wrongs: Wrong) -> Tensor:
     Returns:
         (..., K).
     """
-    if all(checks.can_look(wrong.where) for wrong in wrongs):
+    if checks.can_look(wrongs[0].where):  # then at the others, which are of the same tensors
         for wrong in wrongs:
             wrong.look()
         return values
@@ -165,16 +165,15 @@ def no_probability(probabilities: Tensor, there: Tensor) -> Wrong:
     )
 
 
-def no_log_probs(log_probs: Tensor, counts: Tensor | None = None) -> Wrong:
-    """Tokens (...) that count (None: all) and whose log-probabilities (..., k) are NaN or of a sum above 1."""
+def no_log_probs(log_probs: Tensor) -> Wrong:
+    """Tokens (...) whose log-probabilities (..., k) are NaN or of a sum above 1."""
     total = log_probs.exp().sum(-1)
-    wrong = ~(total < _MOST)
-    return Wrong(wrong if counts is None else logical_and(counts, wrong), total, _no_log_probs)
+    return Wrong(~(total < _MOST), total, _no_log_probs)
 
 
-def no_candidates(there: Tensor, counts: Tensor) -> Wrong:
-    """Tokens (...) that count and have no candidate (..., k) that is there."""
-    nothing = logical_and(counts, ~there.any(-1))
+def no_candidates(there: Tensor) -> Wrong:
+    """Tokens (...) that have no candidate (..., k) that is there."""
+    nothing = ~there.any(-1)
     return Wrong(
         nothing,
         nothing,

@@ -1,5 +1,6 @@
 """Distillation from a teacher's few largest probabilities: the loss of FIRST, without the student's logits."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -60,8 +61,10 @@ def distillation_loss(
       elsewhere.
     - ``"other"``: both keep their probabilities, and what is left of the vocabulary is one more bucket, ``1 - sum``.
 
-    Precision: that of :func:`levelhead.linear_logit_stats`, all of it in logarithms. The student's other bucket is
-    known to within a few roundings of its logsumexp, and taken for 1e-6 (float32) or 1e-14 (float64) where it is less.
+    Precision: that of :func:`levelhead.linear_logit_stats`, all of it in logarithms, but for the student's other
+    bucket. Its probability ``p`` is what the sum leaves of one, so with a teacher's ``t`` loss and gradient are off by
+    up to some ``3e-7 t / p`` (float32; ``1e-15 t / p`` in float64). Where ``p`` is below 1e-6 (1e-14) it is taken for
+    1e-6: the loss is then ``t log(1e-6 / p)`` nats too small, and the gradient of the other logits ``1e-6 / p`` times.
 
     Args:
         input: the student's hidden states, shape ``(..., D)``.
@@ -203,25 +206,25 @@ def _losses(
 ) -> Tensor:
     """The loss of each token, (...), 0 where it does not count."""
     input, linear_weight, linear_bias, softcap, logit_scale, impl = head  # noqa: A001
-    # Tokens that count nowhere may hold NaN: they become a student that agrees with its teacher.
+    # Tokens that count nowhere may hold NaN: student and teacher become uniform there, and agree.
     teacher = teacher_log_probs.detach().to(statistics_dtype(input.dtype))
     row = counts[..., None]
-    teacher = teacher.where(row, 0)
-    there = logical_and(row, teacher != -torch.inf)
+    teacher = teacher.where(row, -math.log(teacher.shape[-1]))
+    candidates = teacher != -torch.inf
+    there = logical_and(row, candidates)
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
     teacher = refuse(
         teacher,
         outside("teacher_ids", ids, len(linear_weight), _PAD, there=there),
         twice("teacher_ids", ids, _PAD),
-        no_candidates(there, counts),
-        no_log_probs(teacher, counts),
+        no_candidates(candidates),
+        no_log_probs(teacher),
     )
     pick = _picked if normalisation == "renormalised" else _picked_of_all
     picked, logsumexp = pick(input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
     if logsumexp is not None:
         logsumexp = logsumexp.where(counts, 0)
-    picked = picked.where(row, 0)
-    picked = picked.masked_fill(teacher == -torch.inf, -torch.inf)  # no candidate is in no sum
+    picked = picked.where(row, 0).where(candidates, -torch.inf)  # no candidate is in no sum
     return _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
 
 

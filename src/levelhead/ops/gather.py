@@ -28,7 +28,7 @@ def linear_gather(
     logit_scale: float,
 ) -> Tensor:
     """Return the logits (N, K) of ``ids`` (N, K) for hidden states (N, D); 0 for an id outside the vocabulary."""
-    inside = (ids >= 0) & (ids < len(linear_weight))
+    inside = _inside(ids, linear_weight)
     z = _products(input, linear_weight, ids, VERSION)
     if linear_bias is not None:
         z = z + linear_bias.to(z.dtype)[ids.where(inside, 0)]
@@ -160,7 +160,7 @@ class _ProductsBackward(torch.autograd.Function):
 
 
 def _inside(ids: Tensor, linear_weight: Tensor) -> Tensor:
-    return (ids >= 0) & (ids < len(linear_weight))
+    return ids == ids.clamp(0, len(linear_weight) - 1)
 
 
 def _gathered(
