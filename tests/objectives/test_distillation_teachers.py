@@ -164,13 +164,13 @@ def test_rounded_log_probabilities_of_the_whole_vocabulary_are_no_sum_above_one(
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"teacher_ids": [[0, 1, 2]] * 4}, TypeError, "teacher_ids must be a tensor, got list"),
+        ({"teacher_ids": [[0, 1, 2]] * 4}, TypeError, "teacher_ids must be a torch.Tensor, got ["),
         (
             {"teacher_log_probs": None},
             TypeError,
-            "teacher_log_probs must be a tensor, got NoneType",
+            "teacher_log_probs must be a torch.Tensor, got None",
         ),
-        ({"linear_weight": [[0.0]]}, TypeError, "linear_weight must be a tensor, got list"),
+        ({"linear_weight": [[0.0]]}, TypeError, "linear_weight must be a torch.Tensor, got ["),
         (
             {"teacher_ids": torch.ones(4, 3).bool()},
             TypeError,

@@ -155,20 +155,26 @@ def test_an_accuracy_is_a_share(accuracy: float) -> None:
     [
         (
             lambda: choice_probabilities([[0.0, 1.0]], torch.zeros(1, 2).long()),
-            "picked must be a tensor",
+            "picked must be a torch.Tensor",
         ),
-        (lambda: choice_probabilities(P.long(), P.long()), "picked must be floating point"),
+        (
+            lambda: choice_probabilities(P.long(), P.long()),
+            "picked must be float16, bfloat16, float32 or float64",
+        ),
         (lambda: choice_probabilities(P, P), "choices must hold integers, got torch.float32"),
         (lambda: choice_probabilities(P, P > 0), "choices must hold integers, got torch.bool"),
-        (lambda: confidence_bins(P.tolist(), RIGHT), "probabilities must be a tensor, got list"),
-        (lambda: confidence_bins(P, [0, 1]), "target must be a tensor, got list"),
-        (lambda: confidence_bins(P > 0, RIGHT), "probabilities must be floating point"),
+        (lambda: confidence_bins(P.tolist(), RIGHT), "probabilities must be a torch.Tensor, got ["),
+        (lambda: confidence_bins(P, [0, 1]), "target must be a torch.Tensor, got ["),
+        (
+            lambda: confidence_bins(P > 0, RIGHT),
+            "probabilities must be float16, bfloat16, float32 or float64",
+        ),
         (lambda: classwise_bins(P, RIGHT, valid=ONE.long()), "valid must be bool, got torch.int64"),
         (
             lambda: rank_preserving_target(P, RIGHT),
-            "accuracy must be floating point, got torch.int64",
+            "accuracy must be float16, bfloat16, float32 or float64, got torch.int64",
         ),
-        (lambda: rank_preserving_target(P, 0.5), "accuracy must be a tensor, got float"),
+        (lambda: rank_preserving_target(P, 0.5), "accuracy must be a torch.Tensor, got 0.5"),
         (lambda: ece_loss(P, RIGHT.float(), SIZE), "right must hold integers, got torch.float32"),
         (lambda: ece_loss(P, RIGHT, SIZE > 0), "size must hold integers, got torch.bool"),
         (lambda: confidence_bins(P.to("meta"), RIGHT), "probabilities is a meta tensor"),

@@ -68,7 +68,7 @@ def test_where_nobody_looks_the_row_has_nan() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "text"),
     [
-        ("choices", [[3, 4]] * 2, TypeError, "choices must be a tensor, got list"),
+        ("choices", [[3, 4]] * 2, TypeError, "choices must be a torch.Tensor, got ["),
         (
             "answer_position",
             torch.tensor([2.0, 1.0]),

@@ -96,12 +96,12 @@ def test_the_largest_stands_first() -> None:
         (
             lambda: scale_probabilities([-0.1, -4.0], 0.3),
             TypeError,
-            "log_probs must be a tensor, got list",
+            "log_probs must be a torch.Tensor, got [",
         ),
         (
             lambda: smooth_probabilities(torch.tensor([0, -4]), 0.3),
             TypeError,
-            "must be floating point",
+            "must be float16, bfloat16, float32 or float64",
         ),
         (
             lambda: scale_probabilities(torch.tensor(-1.0), 0.3),

@@ -224,7 +224,7 @@ def rank_preserving_target(
     check_shape("accuracy", accuracy, probabilities.shape[:-1], probabilities.device)
     accuracy = accuracy.detach()
     no_accuracy = Wrong(
-        ~((accuracy >= 0) & (accuracy <= 1)),
+        ~torch.logical_and(accuracy >= 0, accuracy <= 1),
         accuracy,
         lambda at, found: (
             f"accuracy{at} is {found:g}, outside [0, 1]; pass the share of right answers of the bin"
@@ -239,7 +239,7 @@ def _target(p: Tensor, accuracy: Tensor, there: Tensor) -> Tensor:
     """The target (..., C) of checked questions, given the accuracy (..., 1)."""
     choice = torch.arange(p.shape[-1], device=p.device)
     first = choice == p.masked_fill(~there, -1).argmax(-1, keepdim=True)
-    others = ~first & there
+    others = torch.logical_and(~first, there)
     p_others = p.where(others, 0)
     second, rest = p_others.amax(-1, keepdim=True), 1 - accuracy
     # As shares of the runner-up: gamma itself may overflow, and 0 * inf is not a number.
@@ -325,7 +325,7 @@ def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Te
     """
     which_choices(probabilities, None)
     _check_counts(right, size, probabilities.shape, probabilities.device)
-    there = (right != 0) | (size != 0)
+    there = torch.logical_or(right != 0, size != 0)
     p = probabilities.to(statistics_dtype(probabilities.dtype)).where(there, 0)
     frequency = refuse(
         (right.to(p.dtype) / size).where(there, 0),
@@ -359,7 +359,7 @@ def _no_bins(right: Tensor, size: Tensor, *, least: int) -> tuple[Wrong, Wrong]:
         ),
     )
     impossible = Wrong(
-        (right < 0) | (right > size),
+        torch.logical_or(right < 0, right > size),
         right,
         lambda at, found: (
             f"right{at} is {found}, outside [0, size]; pass what the E-step found for these questions"

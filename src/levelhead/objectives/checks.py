@@ -2,6 +2,8 @@
 
 To look at values is to wait for an accelerator, and to break a compiled graph. So wrong values raise in eager mode on
 the CPU; elsewhere they make NaN of the loss, which no one takes for a result.
+
+Masks meet in torch.logical_and, not in `&` or `|`, which DTensors get wrong in inference mode.
 """
 
 import math
@@ -10,7 +12,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, logical_and
 
 from ..ops import checks
 
@@ -26,24 +28,26 @@ class Wrong(NamedTuple):
         where: (...) or (..., J), bool.
         found: what is wrong there, same shape.
         say: the message for a position and what was found there.
+        error: what to raise.
     """
 
     where: Tensor
     found: Tensor
     say: Callable[[list[int], float], str]
+    error: type[Exception] = ValueError
 
-    def first(self) -> str | None:
-        """The message for the first position, None if there is none."""
-        found, where = map(checks.unwrapped, (self.found.where(self.where, 0), self.where))
-        positions = where.nonzero()
-        if not len(positions):
-            return None
-        at = positions[0].tolist()
-        return self.say(at, found[tuple(at)].item())
+    def look(self) -> None:
+        """Raise the error for the first position, if there is one."""
+        where = checks.unwrapped(self.where)  # of a batch under torch.vmap, the whole
+        if not where.any():
+            return
+        at = where.nonzero()[0].tolist()
+        found = checks.unwrapped(self.found.where(self.where, 0))
+        raise self.error(self.say(at, found[tuple(at)].item()))
 
 
 def refuse(values: Tensor, *wrongs: Wrong) -> Tensor:
-    """Raise ValueError for what is wrong; where nobody can look, return ``values`` with NaN in those rows.
+    """Raise for the first thing that is wrong; where nobody can look, return ``values`` with NaN in the wrong rows.
 
     Args:
         values: (..., K), floating point, without gradient: what the loss of a row depends on.
@@ -52,54 +56,30 @@ def refuse(values: Tensor, *wrongs: Wrong) -> Tensor:
     Returns:
         (..., K).
     """
-    values, message = _judged(values, wrongs)
-    if message:
-        raise ValueError(message)
-    return values
-
-
-def refuse_outside(values: Tensor, *outsides: Wrong) -> Tensor:
-    """Do as `refuse` for what is `outside`, which is an IndexError."""
-    values, message = _judged(values, outsides)
-    if message:
-        raise IndexError(message)
-    return values
-
-
-def _judged(values: Tensor, wrongs: tuple[Wrong, ...]) -> tuple[Tensor, str | None]:
+    if checks.can_look(wrongs[0].where):  # then at the others, which are of the same tensors
+        for wrong in wrongs:
+            wrong.look()
+        return values
     rows = values.dim() - 1
-    bad = reduce(
-        torch.logical_or, [w.where if w.where.dim() == rows else w.where.any(-1) for w in wrongs]
-    )
-    if not checks.can_look(bad):
-        return values.masked_fill(bad[..., None], torch.nan), None
-    if not checks.unwrapped(bad).any():  # of a batch under torch.vmap, the whole
-        return values, None
-    return values, next(message for wrong in wrongs if (message := wrong.first()))
-
-
-def check_tensors(**named: object) -> None:
-    """Refuse what is no tensor."""
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one"
-            )
+    bad = (w.where if w.where.dim() == rows else w.where.any(-1) for w in wrongs)
+    return values.masked_fill(reduce(torch.logical_or, bad)[..., None], torch.nan)
 
 
 def check_floats(**named: Tensor) -> None:
-    """Refuse tensors that are not floating point."""
-    check_tensors(**named)
+    """Refuse what are no dense tensors of a dtype that is computed with."""
     for name, values in named.items():
-        if not values.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {values.dtype}")
+        checks.check_tensor(name, values)
+        if values.dtype not in checks._FLOATS:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {values.dtype}"
+            )
 
 
 def check_integers(**named: Tensor) -> None:
-    """Refuse tensors that do not hold integers."""
-    check_tensors(**named)
+    """Refuse what are no dense tensors of integers."""
     for name, values in named.items():
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        checks.check_tensor(name, values)
+        if values.dtype not in checks._INTEGERS:
             raise TypeError(f"{name} must hold integers, got {values.dtype}")
 
 
@@ -131,19 +111,22 @@ def which_choices(probabilities: Tensor, valid: Tensor | None) -> Tensor:
     check_choices(probabilities)
     if valid is None:
         return torch.ones_like(probabilities, dtype=torch.bool)
-    check_tensors(valid=valid)
+    checks.check_tensor("valid", valid)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}; it says which choices there are")
     check_shape("valid", valid, probabilities.shape, probabilities.device)
     return valid
 
 
-def outside(name: str, ids: Tensor, end: int, cure: str, *, there: Tensor | bool = True) -> Wrong:
-    """Ids that are there and outside [0, end)."""
+def outside(name: str, ids: Tensor, end: int, cure: str, *, there: Tensor | None = None) -> Wrong:
+    """Ids that are there (None: all) and outside [0, end)."""
+    ids = ids.long()
+    ids = ids if there is None else ids.where(there, 0)
     return Wrong(
-        there & ((ids < 0) | (ids >= end)),
+        ids != ids.clamp(0, end - 1),
         ids,
         lambda at, found: f"{name}{at} is {found}, outside [0, {end}); {cure}",
+        IndexError,
     )
 
 
@@ -152,7 +135,7 @@ def twice(name: str, ids: Tensor, cure: str) -> Wrong:
     ordered = ids.sort(-1).values
     one, next_one = ordered[..., :-1], ordered[..., 1:]
     return Wrong(
-        (one == next_one) & (one >= 0),
+        logical_and(one == next_one, one >= 0),
         one,
         lambda at, found: f"{name}{at[:-1]} hold {found} twice; {cure}",
     )
@@ -174,7 +157,7 @@ def no_probability(probabilities: Tensor, there: Tensor) -> Wrong:
     """Probabilities that are NaN or outside [0, 1], by more than rounding, of choices that are there."""
     most = 1 + max(1e-6, torch.finfo(probabilities.dtype).eps)
     return Wrong(
-        there & ~((probabilities >= 0) & (probabilities <= most)),
+        logical_and(there, ~logical_and(probabilities >= 0, probabilities <= most)),
         probabilities,
         lambda at, found: (
             f"probabilities{at} is {found:g}, which is no probability in [0, 1]; take the softmax of logits"
@@ -182,15 +165,15 @@ def no_probability(probabilities: Tensor, there: Tensor) -> Wrong:
     )
 
 
-def no_log_probs(log_probs: Tensor, counts: Tensor | bool = True) -> Wrong:
-    """Tokens (...) that count and whose log-probabilities (..., k) are NaN or of a sum above 1."""
+def no_log_probs(log_probs: Tensor) -> Wrong:
+    """Tokens (...) whose log-probabilities (..., k) are NaN or of a sum above 1."""
     total = log_probs.exp().sum(-1)
-    return Wrong(counts & ~(total < _MOST), total, _no_log_probs)
+    return Wrong(~(total < _MOST), total, _no_log_probs)
 
 
-def no_candidates(there: Tensor, counts: Tensor) -> Wrong:
-    """Tokens (...) that count and have no candidate (..., k) that is there."""
-    nothing = counts & ~there.any(-1)
+def no_candidates(there: Tensor) -> Wrong:
+    """Tokens (...) that have no candidate (..., k) that is there."""
+    nothing = ~there.any(-1)
     return Wrong(
         nothing,
         nothing,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, logical_and
 
 from ..calibration.predictions import check_choice
 from ..ops import checks, linear_logit_stats
@@ -13,12 +13,10 @@ from ..ops.gather import linear_gather
 from ..ops.statistics import statistics_dtype
 from .checks import (
     check_floats,
-    check_tensors,
     no_candidates,
     no_log_probs,
     outside,
     refuse,
-    refuse_outside,
     twice,
 )
 
@@ -62,8 +60,10 @@ def distillation_loss(
       elsewhere.
     - ``"other"``: both keep their probabilities, and what is left of the vocabulary is one more bucket, ``1 - sum``.
 
-    Precision: that of :func:`levelhead.linear_logit_stats`, all of it in logarithms. The student's other bucket is
-    known to within a few roundings of its logsumexp, and taken for 1e-6 (float32) or 1e-14 (float64) where it is less.
+    Precision: that of :func:`levelhead.linear_logit_stats`, all of it in logarithms, but for the student's other
+    bucket. Its probability ``p`` is what the sum leaves of one, so with a teacher's ``t`` loss and gradient are off by
+    up to some ``3e-7 t / p`` (float32; ``1e-15 t / p`` in float64). Where ``p`` is below 1e-6 (1e-14) it is taken for
+    1e-6: the loss is then ``t log(1e-6 / p)`` nats too small, and the gradient of the other logits ``1e-6 / p`` times.
 
     Args:
         input: the student's hidden states, shape ``(..., D)``.
@@ -187,10 +187,11 @@ class Distillation:
             ValueError: as :func:`distillation_loss`.
             IndexError: as :func:`distillation_loss`.
         """
+        checks.check_tensor("teacher_log_probs", teacher_log_probs)
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
         _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
-        counts = (teacher_ids[..., 0] != _IGNORE_INDEX) & (target != _IGNORE_INDEX)
+        counts = logical_and(teacher_ids[..., 0] != _IGNORE_INDEX, target != _IGNORE_INDEX)
         head = (input, linear_weight, linear_bias, softcap, logit_scale, None)
         return _losses(head, teacher_ids, teacher_log_probs, counts, self.normalisation)
 
@@ -204,27 +205,26 @@ def _losses(
 ) -> Tensor:
     """The loss of each token, (...), 0 where it does not count."""
     input, linear_weight, linear_bias, softcap, logit_scale, impl = head  # noqa: A001
-    # Tokens that count nowhere may hold NaN: they become a student that agrees with its teacher.
+    # Tokens that count nowhere may hold NaN: student and teacher become uniform there, with a sum that is below 1 for
+    # any k. The logarithm of k would be a constant to the compiler.
     teacher = teacher_log_probs.detach().to(statistics_dtype(input.dtype))
     row = counts[..., None]
-    teacher = teacher.where(row, 0)
-    there = row & (teacher != -torch.inf)
+    teacher = teacher.where(row, -30)
+    candidates = teacher != -torch.inf
+    there = logical_and(row, candidates)
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
-    teacher = refuse_outside(
-        teacher, outside("teacher_ids", ids, len(linear_weight), _PAD, there=there)
-    )
     teacher = refuse(
         teacher,
+        outside("teacher_ids", ids, len(linear_weight), _PAD, there=there),
         twice("teacher_ids", ids, _PAD),
-        no_candidates(there, counts),
-        no_log_probs(teacher, counts),
+        no_candidates(candidates),
+        no_log_probs(teacher),
     )
     pick = _picked if normalisation == "renormalised" else _picked_of_all
     picked, logsumexp = pick(input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
     if logsumexp is not None:
         logsumexp = logsumexp.where(counts, 0)
-    picked = picked.where(row, 0)
-    picked = picked.masked_fill(teacher == -torch.inf, -torch.inf)  # no candidate is in no sum
+    picked = picked.where(row, 0).where(candidates, -torch.inf)  # no candidate is in no sum
     return _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
 
 
@@ -308,9 +308,15 @@ def _check(
     teacher_log_probs: Tensor,
 ) -> None:
     """Refuse types, shapes and devices that do not go together."""
-    check_tensors(input=input, linear_weight=linear_weight, teacher_ids=teacher_ids)
-    check_floats(teacher_log_probs=teacher_log_probs)
+    tensors = (input, linear_weight, teacher_ids, teacher_log_probs)
+    if any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors):
+        raise TypeError(
+            "distillation_loss takes tensors, got a torch.fx.Proxy; so that torch.fx.symbolic_trace does not look "
+            'inside, name the function: torch.fx.wrap("distillation_loss") beside `from levelhead.objectives import '
+            "distillation_loss`; or use torch.export.export"
+        )
     checks.check_linear(_autocast(input), linear_weight, linear_bias)
+    check_floats(teacher_log_probs=teacher_log_probs)
     checks.check_ids("teacher_ids", teacher_ids, input, several=True)
     if teacher_ids.dim() != input.dim() or teacher_ids.shape[-1] == 0:
         raise ValueError(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.loss_call import IGNORE_INDEX
-from ..ops import linear_logit_stats
+from ..ops import checks, linear_logit_stats
 from ..ops.loss import token_loss
 from ..ops.statistics import statistics_dtype
 from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss
-from .checks import Wrong, check_integers, check_tensors, outside, refuse, refuse_outside, twice
+from .checks import check_integers, outside, refuse, twice
 
 _NO_CHOICE = "-1 stands for none"
 _POSITION = "it is where the letter is predicted, one before where it stands in input_ids"
@@ -153,7 +153,8 @@ def _sound(
     answer_position: Tensor,
 ) -> Tensor:
     """Refuse columns that do not go with the tokens; return 1 for each row, (B, 1), NaN where nobody can look."""
-    check_tensors(input=input, linear_weight=linear_weight)
+    checks.check_tensor("input", input)
+    checks.check_tensor("linear_weight", linear_weight)
     check_integers(target=target, choices=choices, answer_position=answer_position)
     if not (
         target.dim() == choices.dim() == 2
@@ -167,13 +168,13 @@ def _sound(
     entries, tokens = len(linear_weight), target.shape[1]
     counts, there = target != IGNORE_INDEX, choices >= 0
     sound = torch.ones(len(target), 1, dtype=statistics_dtype(input.dtype), device=target.device)
-    sound = refuse_outside(
+    return refuse(
         sound,
         outside("target", target, entries, "-100 stands for none", there=counts),
         outside("choices", choices, entries, _NO_CHOICE, there=there),
         outside("answer_position", answer_position, tokens, _POSITION),
+        twice("choices", choices, "each letter is another token"),
     )
-    return refuse(sound, twice("choices", choices, "each letter is another token"))
 
 
 @torch.no_grad()
@@ -208,10 +209,9 @@ def choice_logits(
             choices, position = batch["choices"], batch["answer_position"]
             check_integers(choices=choices, answer_position=position, question=batch["question"])
             tokens = batch["input_ids"].shape[-1]
-            _refuse_outside(
-                outside("answer_position", position, tokens, _POSITION),
-                outside("question", batch["question"], questions, "number all questions from 0"),
-            )
+            # Also on an accelerator: an E-step is long enough to wait for it.
+            outside("answer_position", position, tokens, _POSITION).look()
+            outside("question", batch["question"], questions, "number all questions from 0").look()
             # The heads of transformers' models can answer for some positions alone: all of the batch's.
             output = model(
                 input_ids=batch["input_ids"],
@@ -220,7 +220,7 @@ def choice_logits(
                 use_cache=False,
             )
             logits, there = output.logits, choices >= 0
-            _refuse_outside(outside("choices", choices, logits.shape[-1], _NO_CHOICE, there=there))
+            outside("choices", choices, logits.shape[-1], _NO_CHOICE, there=there).look()
             rows = torch.arange(len(position), device=position.device)
             picked = logits[rows, rows].float().gather(1, choices.clamp_min(0))
             if found is None:
@@ -239,10 +239,3 @@ def choice_logits(
             f"({int(missing.sum())} such); every question must be in one"
         )
     return found
-
-
-def _refuse_outside(*wrongs: Wrong) -> None:
-    """Refuse numbers out of their range, also on an accelerator: an E-step is long enough to wait for them."""
-    for wrong in wrongs:
-        if message := wrong.first():
-            raise IndexError(message)

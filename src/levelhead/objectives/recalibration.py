@@ -214,7 +214,7 @@ def recalibrate(
         )
     log_probs = _checked(log_probs, descending=True)
     there = log_probs > -torch.inf
-    refuse(log_probs, no_candidates(there, torch.ones(len(there), dtype=torch.bool)))
+    refuse(log_probs, no_candidates(there))
 
     def error(value: float) -> float:
         confidence = _METHODS[method](log_probs, value)[:, 0].exp().clamp(max=1)

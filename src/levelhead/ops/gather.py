@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import vmap
 from .chunked import buffer_budget
-from .library import VERSION
+from .library import VERSION, _refuse_double_backward, _refuse_forward_mode, transformed
 from .rows import Rows
 from .statistics import statistics_dtype
 from .sums import slices
@@ -27,8 +28,8 @@ def linear_gather(
     logit_scale: float,
 ) -> Tensor:
     """Return the logits (N, K) of ``ids`` (N, K) for hidden states (N, D); 0 for an id outside the vocabulary."""
-    inside = (ids >= 0) & (ids < len(linear_weight))
-    z = linear_gather_products(input, linear_weight, ids, VERSION)
+    inside = _inside(ids, linear_weight)
+    z = _products(input, linear_weight, ids, VERSION)
     if linear_bias is not None:
         z = z + linear_bias.to(z.dtype)[ids.where(inside, 0)]
     z = logit_scale * z
@@ -106,15 +107,60 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = linear_gather_backward(grad.contiguous(), *ctx.saved_tensors, ctx.needed)
+    dx, dw = _products_backward(grad.contiguous(), *ctx.saved_tensors, ctx.needed)
     return dx if ctx.needed[0] else None, dw if ctx.needed[1] else None, None, None
 
 
 linear_gather_products.register_autograd(_backward, setup_context=_setup_context)
+linear_gather_backward.register_autograd(_refuse_double_backward)
+
+
+def _products(*args: Any) -> Tensor:
+    """Return the result of ``linear_gather_products``, whatever differentiates it."""
+    function = _Products.apply if transformed() else linear_gather_products
+    z: Tensor = function(*args)  # type: ignore[no-untyped-call]
+    return z
+
+
+def _products_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Return the result of ``linear_gather_backward``, or refuse where that is differentiated."""
+    function = _ProductsBackward.apply if transformed() else linear_gather_backward
+    gradients: tuple[Tensor, Tensor] = function(*args)  # type: ignore[no-untyped-call]
+    return gradients
+
+
+class _Products(torch.autograd.Function):
+    """The operator where a transform of torch.func or forward mode is under way: see ``_Stats`` in library.py."""
+
+    forward = staticmethod(linear_gather_products)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+        (z,), (dim,) = vmap.loop(lambda *call: (_products(*call),), info.batch_size, in_dims, args)
+        return z, dim
+
+
+class _ProductsBackward(torch.autograd.Function):
+    """Its backward likewise, which has no derivative."""
+
+    forward = staticmethod(linear_gather_backward)
+    backward = staticmethod(_refuse_double_backward)
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
+        return vmap.loop(_products_backward, info.batch_size, in_dims, args)
 
 
 def _inside(ids: Tensor, linear_weight: Tensor) -> Tensor:
-    return (ids >= 0) & (ids < len(linear_weight))
+    return ids == ids.clamp(0, len(linear_weight) - 1)
 
 
 def _gathered(

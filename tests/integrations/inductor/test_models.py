@@ -317,6 +317,12 @@ def test_a_smoothing_out_of_range_is_refused() -> None:
         levelhead.inductor_options(smoothing=1.5)
 
 
+@pytest.mark.parametrize("smoothing", ["0.1", [0.1], True, torch.tensor(0.1)])
+def test_a_smoothing_that_is_no_number_is_refused(smoothing: Any) -> None:
+    with pytest.raises(TypeError, match="smoothing must be a number, got"):
+        levelhead.inductor_options(smoothing)
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_a_mode_goes_together_with_the_pass_as_options(mode: str) -> None:
     random = torch.Generator().manual_seed(0)

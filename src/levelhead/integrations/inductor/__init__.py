@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...ops.checks import _check_number
+
 
 def inductor_options(
     smoothing: float | None = None, *, drop_logits: bool = False
@@ -37,6 +39,7 @@ def inductor_options(
         The ``options`` of `torch.compile` with the Inductor backend; other options may be added to them.
 
     Raises:
+        TypeError: smoothing is no number.
         ValueError: smoothing lies outside [0, 1].
 
     References:
@@ -44,6 +47,10 @@ def inductor_options(
     """
     from .fusion import FuseLinearCrossEntropy
 
-    if smoothing is not None and not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}; a common choice is 0.1")
+    if smoothing is not None:
+        _check_number("smoothing", smoothing, "None")
+        if not 0 <= smoothing <= 1:
+            raise ValueError(
+                f"smoothing must lie in [0, 1], got {smoothing}; a common choice is 0.1"
+            )
     return {"pre_grad_custom_pass": FuseLinearCrossEntropy(smoothing, drop_logits)}
