@@ -104,7 +104,7 @@ def linear_cross_entropy(
     checks.check_linear(input, linear_weight, linear_bias)
     checks.check_ids("target", target, input, several=False)
     checks.check_options(softcap, logit_scale, impl, input)
-    checks.check_loss_options(label_smoothing, reduction, z_loss, target)
+    checks.check_loss_options(label_smoothing, reduction, z_loss, input, target)
     in_range = checks.check_target_range(target, linear_weight.shape[0], ignore_index)
     if token_weight is not None:
         checks.check_token_weight(token_weight, target)
@@ -451,5 +451,5 @@ def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) 
     """Return each token's smoothing (N,), 0 where ignored; None for none."""
     if not isinstance(label_smoothing, Tensor):
         # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
-        return torch.ones_like(weight) * label_smoothing if label_smoothing else None
+        return torch.ones_like(weight) * float(label_smoothing) if label_smoothing else None
     return label_smoothing.to(weight).reshape(-1).expand_as(weight).where(counts, 0)

@@ -142,24 +142,31 @@ def _check_number(name: str, value: object, without: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
 
 
-def _numbers(name: str, value: object, without: str, trained: str) -> list[float]:
+def _numbers(name: str, value: object, input: Tensor, without: str, trained: str) -> list[float]:
     """Return an option's number, if it can be looked at without a host synchronisation; refuse what is none.
 
     Args:
         name: of the option.
         value: a number, or a tensor with one.
+        input: hidden states, on whose device a tensor must be, or on the CPU.
         without: what to give for no such thing.
         trained: what to do where the option is to be trained.
     """
     if not isinstance(value, Tensor):
         _check_number(name, value, without)
         return [value]  # type: ignore[list-item]
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(
+            f"{name} must be a number or a dense tensor with one, got {kind}; give a number"
+        )
     if value.numel() != 1:
         raise ValueError(
             f"{name} must be a number or a tensor with one, got shape {tuple(value.shape)}"
         )
     if value.dtype not in _FLOATS + _INTEGERS:
         raise TypeError(f"{name} must be a number, got {value.dtype}")
+    _check_option_device(name, value, input)
     if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
         raise ValueError(
             f"{name} requires a gradient, which levelhead does not compute: it would not be trained. Give "
@@ -167,6 +174,14 @@ def _numbers(name: str, value: object, without: str, trained: str) -> list[float
         )
     found: list[float] = unwrapped(value).flatten().tolist() if can_look(value) else []
     return found
+
+
+def _check_option_device(name: str, value: Tensor, input: Tensor) -> None:
+    """Refuse a tensor on another device than input; a number on the CPU can be read from anywhere."""
+    if value.device != input.device and not (value.is_cpu and value.numel() == 1):
+        raise ValueError(
+            f"{name} is on {value.device} but input is on {input.device}; move it there, or give a number"
+        )
 
 
 def _has_tangent(tensor: Tensor) -> bool:
@@ -180,8 +195,9 @@ def check_options(
 ) -> None:
     """Refuse options out of their range."""
     dense = "compute the loss from logits with torch.nn.functional.cross_entropy"
-    caps = [] if softcap is None else _numbers("softcap", softcap, "None", dense)
-    scales = _numbers("logit_scale", logit_scale, "1.0", "multiply input and linear_bias by it")
+    caps = [] if softcap is None else _numbers("softcap", softcap, input, "None", dense)
+    by_hand = "multiply input and linear_bias by it"
+    scales = _numbers("logit_scale", logit_scale, input, "1.0", by_hand)
     for cap in caps:
         if not 0 < cap < math.inf:
             raise ValueError(f"softcap must be a positive number or None, got {cap}")
@@ -215,7 +231,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def check_loss_options(
-    label_smoothing: float | Tensor, reduction: str, z_loss: float | Tensor, target: Tensor
+    label_smoothing: float | Tensor,
+    reduction: str,
+    z_loss: float | Tensor,
+    input: Tensor,
+    target: Tensor,
 ) -> None:
     """Refuse options of the loss out of their range."""
     if not isinstance(reduction, str):
@@ -225,7 +245,7 @@ def check_loss_options(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
     by_hand = "add it times the square of the logsumexp that linear_logit_stats returns"
-    for factor in _numbers("z_loss", z_loss, "0.0", by_hand):
+    for factor in _numbers("z_loss", z_loss, input, "0.0", by_hand):
         if not 0 <= factor < math.inf:
             raise ValueError(f"z_loss must be a number >= 0, got {factor}")
     if not isinstance(label_smoothing, Tensor):
@@ -233,6 +253,7 @@ def check_loss_options(
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
         return
+    check_tensor("label_smoothing", label_smoothing)
     if label_smoothing.dtype not in _FLOATS:
         raise TypeError(f"label_smoothing must be floating point, got {label_smoothing.dtype}")
     if label_smoothing.dim() and label_smoothing.shape != target.shape:
@@ -240,6 +261,7 @@ def check_loss_options(
             f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
             f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
         )
+    _check_option_device("label_smoothing", label_smoothing, input)
 
 
 def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:
