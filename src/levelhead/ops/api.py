@@ -73,7 +73,8 @@ def linear_cross_entropy(
         z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311), not smoothed; a number or of
             shape ``()``.
         token_weight: weight of each token's loss, shape of ``target``. ``"mean"`` divides by the sum of the weights
-            that count, as torch does with class weights.
+            that count, as torch does with class weights; NaN where the sum overflows. A token of weight 0 is inert, as
+            an ignored one is, unless ``token_weight`` is differentiated.
         impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
             ``"reference"`` (dense: the oracle, not for training), or None to choose: ``"triton"`` where it runs,
             ``"chunked"`` elsewhere.
@@ -119,12 +120,17 @@ def linear_cross_entropy(
     if reduction == "mean":
         total = weight.sum()
         nothing = total == 0
+        total = total.where(
+            total.isfinite(), torch.nan
+        )  # w / inf would be 0: a loss without its tokens
         weight = weight / total.masked_fill(nothing, torch.inf)
     if not in_range:  # nobody has looked: where the target is no id at all, the loss is NaN
         valid = ids.where(
             counts, 0
         )  # not two masks and `&`, which DTensors get wrong in inference mode
         weight = weight.where(valid == valid.clamp(0, linear_weight.shape[0] - 1), torch.nan)
+    if token_weight is not None and not checks.is_differentiated(token_weight):
+        counts = weight != 0
     smoothing = _smoothing(label_smoothing, weight, counts)
     plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
     z_loss, *model = (_option(value, plain) for value in (z_loss, softcap, logit_scale))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,8 +114,8 @@ def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor inside the wrappers of torch.func's transforms, of which a compiler has none."""
     if torch.compiler.is_compiling():
         return tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 
@@ -167,7 +168,7 @@ def _numbers(name: str, value: object, input: Tensor, without: str, trained: str
     if value.dtype not in _FLOATS + _INTEGERS:
         raise TypeError(f"{name} must be a number, got {value.dtype}")
     _check_option_device(name, value, input)
-    if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
+    if is_differentiated(value):
         raise ValueError(
             f"{name} requires a gradient, which levelhead does not compute: it would not be trained. Give "
             f"{name}.detach() to hold it fixed; to train it, {trained}"
@@ -184,8 +185,19 @@ def _check_option_device(name: str, value: Tensor, input: Tensor) -> None:
         )
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a tensor requires a gradient or has a tangent, at any level of torch.func's transforms."""
+    if (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor):
+        return True
+    if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return is_differentiated(functorch.get_unwrapped(tensor))
+
+
 def _has_tangent(tensor: Tensor) -> bool:
-    if forward_ad._current_level < 0:
+    # A batch has none of its own, and torch has no rule to ask it.
+    batched = not torch.compiler.is_compiling() and functorch.is_batchedtensor(tensor)
+    if forward_ad._current_level < 0 or batched:
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 

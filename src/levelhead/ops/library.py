@@ -250,6 +250,9 @@ def _recomputed_gradients(
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
     z_loss = ctx.z_loss if variables is None else variables[0]
     model = None if variables is None else variables[1:]
+    # Of a row without weight these may be NaN, and 0 * NaN would be a gradient.
+    inert = token_weight == 0
+    logsumexp, largest = (field.masked_fill(inert, 0) for field in (logsumexp, largest))
     gradient = token_loss_backward(
         grad_loss * token_weight, largest, logsumexp, label_smoothing, z_loss
     )
