@@ -234,3 +234,20 @@ def test_a_tensor_that_is_not_dense_is_refused(name: str) -> None:
     for value in (one.to_sparse(), one.to_mkldnn(), *nested):
         with pytest.raises(TypeError, match=f"^{name} must .*got .*; (give|use) "):
             levelhead.linear_cross_entropy(X, W, T, **{name: value})
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("value", [-1.0, torch.inf])
+@SMOOTHED
+def test_a_schedule_that_leaves_the_range_is_refused_when_compiled(
+    name: str, value: float, fullgraph: bool
+) -> None:
+    compiled = torch.compile(
+        levelhead.linear_cross_entropy, backend="aot_eager", fullgraph=fullgraph
+    )
+    for valid in (0.25, 0.5):  # at the second it becomes a variable
+        compiled(X, W, T, **{name: valid})
+    # With a full graph the compiler's error quotes the text.
+    error = torch._dynamo.exc.Unsupported if fullgraph else ValueError
+    with pytest.raises(error, match=f"{name} must .*, got "):
+        compiled(X, W, T, **{name: value})

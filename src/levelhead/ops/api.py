@@ -88,7 +88,8 @@ def linear_cross_entropy(
             together outside autocast; in `torch.jit.trace`.
         ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any transform of
+            torch.func with a sharded head.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -317,7 +318,8 @@ def linear_logit_stats(
         TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
             together outside autocast; in `torch.jit.trace`.
         ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any transform of
+            torch.func with a sharded head.
 
     References:
         Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
@@ -407,7 +409,7 @@ def _variables(*options: Any) -> tuple[list[float | None], Tensor | None]:
 
     That is a tensor, or a number that the compiler takes for a variable since it saw a second one.
     """
-    if not any(map(_is_variable, options)):
+    if not any(map(checks.is_variable, options)):
         return list(options), None
     devices = [option.device for option in options if isinstance(option, Tensor)]
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
@@ -422,14 +424,6 @@ def _variables(*options: Any) -> tuple[list[float | None], Tensor | None]:
         ]
     )
     return [None if option is None else 1.0 for option in options], variables
-
-
-def _is_variable(option: Any) -> bool:
-    if not torch.compiler.is_compiling() or isinstance(option, Tensor):
-        return isinstance(option, Tensor)
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return option is not None and not has_static_value(option)
 
 
 def _autocast(input: Tensor) -> Tensor:

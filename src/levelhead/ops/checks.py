@@ -1,7 +1,6 @@
 """What the public functions refuse, before any kernel runs: what was asked, what came, what is valid, what to do."""
 
 import importlib.util
-import math
 import numbers
 import os
 import sys
@@ -14,6 +13,8 @@ from torch.autograd import forward_ad
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Not infinity: a compiler takes every number for smaller, and would let infinity pass.
+_LARGEST = sys.float_info.max
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -79,6 +80,12 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"got {tuple(linear_bias.shape)}"
         )
     _check_dtypes(input, linear_weight, linear_bias)
+    if is_sharded(linear_weight) and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "levelhead does not run under a transform of torch.func (grad, vmap, jvp, functionalize, ...) where "
+            "linear_weight is a sharded DTensor, whose ranks exchange statistics. Use loss.backward() or "
+            "torch.autograd.grad, or gather the head with linear_weight.full_tensor()"
+        )
 
 
 def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -121,6 +128,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 def is_sharded(linear_weight: Tensor) -> bool:
     """Return whether a head is a DTensor that is not the same on all ranks."""
+    linear_weight = unwrapped(linear_weight)
     return any_dtensor(linear_weight) and not all(
         placement.is_replicate()
         for placement in linear_weight.placements  # type: ignore[attr-defined]
@@ -141,6 +149,20 @@ def _check_number(name: str, value: object, without: str) -> None:
     ):
         cure = f"use float({value!r})" if isinstance(value, str) else f"{without} is none"
         raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
+
+
+def is_variable(option: Any) -> bool:
+    """Return whether an option is a tensor, or a number that a compiler takes for a variable."""
+    if not torch.compiler.is_compiling() or isinstance(option, Tensor):
+        return isinstance(option, Tensor)
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return option is not None and not has_static_value(option)
+
+
+def _shown(number: object) -> str:
+    """Return a number's text, which a compiler does not have of a variable."""
+    return "another number" if is_variable(number) else str(number)
 
 
 def _numbers(name: str, value: object, input: Tensor, without: str, trained: str) -> list[float]:
@@ -211,11 +233,11 @@ def check_options(
     by_hand = "multiply input and linear_bias by it"
     scales = _numbers("logit_scale", logit_scale, input, "1.0", by_hand)
     for cap in caps:
-        if not 0 < cap < math.inf:
-            raise ValueError(f"softcap must be a positive number or None, got {cap}")
+        if not 0 < cap <= _LARGEST:
+            raise ValueError(f"softcap must be a positive number or None, got {_shown(cap)}")
     for scale in scales:
-        if not 0 < scale < math.inf:
-            raise ValueError(f"logit_scale must be a positive number, got {scale}")
+        if not 0 < scale <= _LARGEST:
+            raise ValueError(f"logit_scale must be a positive number, got {_shown(scale)}")
     if impl not in (None, "chunked", "reference", "triton"):
         raise ValueError(
             f"unknown impl {impl!r}; expected None, 'chunked', 'triton' or 'reference'"
@@ -258,12 +280,12 @@ def check_loss_options(
         raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
     by_hand = "add it times the square of the logsumexp that linear_logit_stats returns"
     for factor in _numbers("z_loss", z_loss, input, "0.0", by_hand):
-        if not 0 <= factor < math.inf:
-            raise ValueError(f"z_loss must be a number >= 0, got {factor}")
+        if not 0 <= factor <= _LARGEST:
+            raise ValueError(f"z_loss must be a number >= 0, got {_shown(factor)}")
     if not isinstance(label_smoothing, Tensor):
         _check_number("label_smoothing", label_smoothing, "0.0")
         if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {_shown(label_smoothing)}")
         return
     check_tensor("label_smoothing", label_smoothing)
     if label_smoothing.dtype not in _FLOATS:

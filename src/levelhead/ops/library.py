@@ -347,7 +347,8 @@ def differentiable_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     return gradients
 
 
-def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+def refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+    """Refuse a tangent."""
     raise RuntimeError(
         "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, linearize, jacfwd or "
         "hessian, or of torch.autograd.forward_ad) reached linear_cross_entropy or linear_logit_stats. Use reverse "
@@ -365,7 +366,7 @@ class _Stats(torch.autograd.Function):
     forward = staticmethod(linear_logit_stats)
     setup_context = staticmethod(_save_stats)
     backward = staticmethod(_stats_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
@@ -380,7 +381,7 @@ class _StatsBackward(torch.autograd.Function):
 
     forward = staticmethod(linear_logit_stats_backward)
     backward = staticmethod(_refuse_double_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
