@@ -88,8 +88,8 @@ def linear_cross_entropy(
             together outside autocast; in `torch.jit.trace`.
         ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any transform of
-            torch.func with a sharded head.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any
+            transform of torch.func with a sharded head.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -318,8 +318,8 @@ def linear_logit_stats(
         TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
             together outside autocast; in `torch.jit.trace`.
         ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any transform of
-            torch.func with a sharded head.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any
+            transform of torch.func with a sharded head.
 
     References:
         Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
