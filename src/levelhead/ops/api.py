@@ -104,6 +104,7 @@ def linear_cross_entropy(
     """
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
+    checks.check_transforms(linear_weight)
     checks.check_ids("target", target, input, several=False)
     checks.check_options(softcap, logit_scale, impl, input)
     checks.check_loss_options(label_smoothing, reduction, z_loss, input, target)
@@ -333,6 +334,7 @@ def linear_logit_stats(
     """
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
+    checks.check_transforms(linear_weight)
     checks.check_ids("picks", picks, input, several=True)
     checks.check_options(softcap, logit_scale, impl, input)
     sharded = False

@@ -80,12 +80,6 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"got {tuple(linear_bias.shape)}"
         )
     _check_dtypes(input, linear_weight, linear_bias)
-    if is_sharded(linear_weight) and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "levelhead does not run under a transform of torch.func (grad, vmap, jvp, functionalize, ...) where "
-            "linear_weight is a sharded DTensor, whose ranks exchange statistics. Use loss.backward() or "
-            "torch.autograd.grad, or gather the head with linear_weight.full_tensor()"
-        )
 
 
 def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -133,6 +127,16 @@ def is_sharded(linear_weight: Tensor) -> bool:
         placement.is_replicate()
         for placement in linear_weight.placements  # type: ignore[attr-defined]
     )
+
+
+def check_transforms(linear_weight: Tensor) -> None:
+    """Refuse a sharded head under torch.func."""
+    if is_sharded(linear_weight) and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "levelhead does not run under a transform of torch.func (grad, vmap, jvp, functionalize, ...) where "
+            "linear_weight is a sharded DTensor, whose ranks exchange statistics. Use loss.backward() or "
+            "torch.autograd.grad, or gather the head with linear_weight.full_tensor()"
+        )
 
 
 def autocast_is_on(device_type: str) -> bool:
