@@ -1,5 +1,6 @@
 """Every text that a user can be shown says what was asked, what came, what is valid and what to do."""
 
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -86,9 +87,9 @@ def test_options_of_another_type(options: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "softcap", "logit_scale"])
-def test_numbers_of_numpy_and_integers_are_numbers(name: str) -> None:
+def test_numbers_of_numpy_integers_and_fractions_are_numbers(name: str) -> None:
     expected = levelhead.linear_cross_entropy(X, W, Y, **{name: 1.0})
-    for one in (1, np.float32(1), np.float64(1), np.int64(1)):
+    for one in (1, np.float32(1), np.float64(1), np.int64(1), Fraction(1)):
         assert levelhead.linear_cross_entropy(X, W, Y, **{name: one}) == expected
     assert levelhead.linear_cross_entropy(X, W, Y, ignore_index=np.int64(-1)).isfinite()
 

@@ -7,6 +7,8 @@ import torch
 from tests.problems import IMPLEMENTATIONS, Problem, assert_equal, gradients
 from torch import Tensor
 
+import levelhead
+
 N, D, V, MASKED = 5, 8, 9, 3
 
 
@@ -71,3 +73,16 @@ def test_an_ignored_token_may_carry_a_smoothing_and_a_weight_of_nan(
     actual, expected = problem.fused(**tensors(torch.nan)), problem.fused(**tensors(1.0))
     assert_equal(actual, expected)
     assert_equal(gradients(actual, problem), gradients(expected, problem))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_what_follows_from_the_probabilities_is_nan_where_all_entries_are_masked_out(
+    impl: Any,
+) -> None:
+    problem = _problem(impl, "mean", masked=V)
+    stats = levelhead.linear_logit_stats(
+        problem.input, problem.linear_weight, problem.target,
+        linear_bias=problem.linear_bias, impl=impl,
+    )  # fmt: skip
+    for field in (stats.confidence, stats.entropy, stats.log_probs):
+        assert field.isnan().all()

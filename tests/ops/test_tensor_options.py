@@ -208,3 +208,46 @@ def test_values_that_can_be_looked_at_are(options: Any, error: Any, text: str) -
     with pytest.raises(error) as caught:
         levelhead.linear_cross_entropy(X, W, T, **options)
     assert str(caught.value) == text
+
+
+SMOOTHED = pytest.mark.parametrize("name", [*VALUES, "label_smoothing"])
+
+
+@SMOOTHED
+def test_a_tensor_on_another_device_is_refused(name: str) -> None:
+    """A meta tensor among the arguments would have torch run the fake kernel, which computes nothing."""
+    text = f"{name} is on meta but input is on cpu; move it there, or give a number"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        levelhead.linear_cross_entropy(X, W, T, **{name: torch.tensor(0.5, device="meta")})
+    x, weight, target = (tensor.to("meta") for tensor in (X, W, T))
+    for device in ("cpu", "meta"):  # a number on the CPU may be read from anywhere
+        option = {name: torch.tensor(0.5, device=device)}
+        assert levelhead.linear_cross_entropy(x, weight, target, **option).is_meta
+
+
+# A nested tensor that is not jagged says that it is a prototype.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@SMOOTHED
+def test_a_tensor_that_is_not_dense_is_refused(name: str) -> None:
+    one = torch.tensor([0.5])
+    nested = (torch.nested.nested_tensor([one], layout=k) for k in (torch.jagged, torch.strided))
+    for value in (one.to_sparse(), one.to_mkldnn(), *nested):
+        with pytest.raises(TypeError, match=f"^{name} must .*got .*; (give|use) "):
+            levelhead.linear_cross_entropy(X, W, T, **{name: value})
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("value", [-1.0, torch.inf])
+@SMOOTHED
+def test_a_schedule_that_leaves_the_range_is_refused_when_compiled(
+    name: str, value: float, fullgraph: bool
+) -> None:
+    compiled = torch.compile(
+        levelhead.linear_cross_entropy, backend="aot_eager", fullgraph=fullgraph
+    )
+    for valid in (0.25, 0.5):  # at the second it becomes a variable
+        compiled(X, W, T, **{name: valid})
+    # With a full graph the compiler's error quotes the text.
+    error = torch._dynamo.exc.Unsupported if fullgraph else ValueError
+    with pytest.raises(error, match=f"{name} must .*, got "):
+        compiled(X, W, T, **{name: value})

@@ -73,7 +73,8 @@ def linear_cross_entropy(
         z_loss: weight of ``logsumexp**2``, as in PaLM (https://arxiv.org/abs/2204.02311), not smoothed; a number or of
             shape ``()``.
         token_weight: weight of each token's loss, shape of ``target``. ``"mean"`` divides by the sum of the weights
-            that count, as torch does with class weights.
+            that count, as torch does with class weights; NaN where the sum overflows. A token of weight 0 is inert, as
+            an ignored one is, unless ``token_weight`` is differentiated.
         impl: ``"triton"`` (NVIDIA from compute capability 8.0, AMD), ``"chunked"`` (any device, small bounded buffer),
             ``"reference"`` (dense: the oracle, not for training), or None to choose: ``"triton"`` where it runs,
             ``"chunked"`` elsewhere.
@@ -87,7 +88,8 @@ def linear_cross_entropy(
             together outside autocast; in `torch.jit.trace`.
         ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
         IndexError: a target outside ``[0, V)`` that is not ``ignore_index`` (eager CPU).
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any
+            transform of torch.func with a sharded head.
 
     References:
         Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; Huang et al. 2025, https://arxiv.org/abs/2508.00264.
@@ -102,9 +104,10 @@ def linear_cross_entropy(
     """
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
+    checks.check_transforms(linear_weight)
     checks.check_ids("target", target, input, several=False)
     checks.check_options(softcap, logit_scale, impl, input)
-    checks.check_loss_options(label_smoothing, reduction, z_loss, target)
+    checks.check_loss_options(label_smoothing, reduction, z_loss, input, target)
     in_range = checks.check_target_range(target, linear_weight.shape[0], ignore_index)
     if token_weight is not None:
         checks.check_token_weight(token_weight, target)
@@ -119,12 +122,17 @@ def linear_cross_entropy(
     if reduction == "mean":
         total = weight.sum()
         nothing = total == 0
+        total = total.where(
+            total.isfinite(), torch.nan
+        )  # w / inf would be 0: a loss without its tokens
         weight = weight / total.masked_fill(nothing, torch.inf)
     if not in_range:  # nobody has looked: where the target is no id at all, the loss is NaN
         valid = ids.where(
             counts, 0
         )  # not two masks and `&`, which DTensors get wrong in inference mode
         weight = weight.where(valid == valid.clamp(0, linear_weight.shape[0] - 1), torch.nan)
+    if token_weight is not None and not checks.is_differentiated(token_weight):
+        counts = weight != 0
     smoothing = _smoothing(label_smoothing, weight, counts)
     plain = sharded or not checks.is_dtensor(checks.unwrapped(x))
     z_loss, *model = (_option(value, plain) for value in (z_loss, softcap, logit_scale))
@@ -311,7 +319,8 @@ def linear_logit_stats(
         TypeError: what is no dense tensor, or no number; a dtype that is not supported, or dtypes that do not go
             together outside autocast; in `torch.jit.trace`.
         ValueError: shapes or devices that do not go together; an option out of its range, or that requires a gradient.
-        RuntimeError: on double backward or forward-mode differentiation, which are not implemented.
+        RuntimeError: on double backward or forward-mode differentiation, which are not implemented; under any
+            transform of torch.func with a sharded head.
 
     References:
         Huang et al. 2025, https://arxiv.org/abs/2508.00264, for the losses that need these and nothing more.
@@ -325,6 +334,7 @@ def linear_logit_stats(
     """
     input = _autocast(input)
     checks.check_linear(input, linear_weight, linear_bias)
+    checks.check_transforms(linear_weight)
     checks.check_ids("picks", picks, input, several=True)
     checks.check_options(softcap, logit_scale, impl, input)
     sharded = False
@@ -401,7 +411,7 @@ def _variables(*options: Any) -> tuple[list[float | None], Tensor | None]:
 
     That is a tensor, or a number that the compiler takes for a variable since it saw a second one.
     """
-    if not any(map(_is_variable, options)):
+    if not any(map(checks.is_variable, options)):
         return list(options), None
     devices = [option.device for option in options if isinstance(option, Tensor)]
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
@@ -416,14 +426,6 @@ def _variables(*options: Any) -> tuple[list[float | None], Tensor | None]:
         ]
     )
     return [None if option is None else 1.0 for option in options], variables
-
-
-def _is_variable(option: Any) -> bool:
-    if not torch.compiler.is_compiling() or isinstance(option, Tensor):
-        return isinstance(option, Tensor)
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return option is not None and not has_static_value(option)
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -451,5 +453,5 @@ def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) 
     """Return each token's smoothing (N,), 0 where ignored; None for none."""
     if not isinstance(label_smoothing, Tensor):
         # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
-        return torch.ones_like(weight) * label_smoothing if label_smoothing else None
+        return torch.ones_like(weight) * float(label_smoothing) if label_smoothing else None
     return label_smoothing.to(weight).reshape(-1).expand_as(weight).where(counts, 0)

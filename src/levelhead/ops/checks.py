@@ -1,7 +1,6 @@
 """What the public functions refuse, before any kernel runs: what was asked, what came, what is valid, what to do."""
 
 import importlib.util
-import math
 import numbers
 import os
 import sys
@@ -9,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Not infinity: a compiler takes every number for smaller, and would let infinity pass.
+_LARGEST = sys.float_info.max
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -113,17 +115,28 @@ def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor inside the wrappers of torch.func's transforms, of which a compiler has none."""
     if torch.compiler.is_compiling():
         return tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 
 def is_sharded(linear_weight: Tensor) -> bool:
     """Return whether a head is a DTensor that is not the same on all ranks."""
+    linear_weight = unwrapped(linear_weight)
     return any_dtensor(linear_weight) and not all(
         placement.is_replicate()
         for placement in linear_weight.placements  # type: ignore[attr-defined]
     )
+
+
+def check_transforms(linear_weight: Tensor) -> None:
+    """Refuse a sharded head under torch.func."""
+    if is_sharded(linear_weight) and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "levelhead does not run under a transform of torch.func (grad, vmap, jvp, functionalize, ...) where "
+            "linear_weight is a sharded DTensor, whose ranks exchange statistics. Use loss.backward() or "
+            "torch.autograd.grad, or gather the head with linear_weight.full_tensor()"
+        )
 
 
 def autocast_is_on(device_type: str) -> bool:
@@ -142,25 +155,46 @@ def _check_number(name: str, value: object, without: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
 
 
-def _numbers(name: str, value: object, without: str, trained: str) -> list[float]:
+def is_variable(option: Any) -> bool:
+    """Return whether an option is a tensor, or a number that a compiler takes for a variable."""
+    if not torch.compiler.is_compiling() or isinstance(option, Tensor):
+        return isinstance(option, Tensor)
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return option is not None and not has_static_value(option)
+
+
+def _shown(number: object) -> str:
+    """Return a number's text, which a compiler does not have of a variable."""
+    return "another number" if is_variable(number) else str(number)
+
+
+def _numbers(name: str, value: object, input: Tensor, without: str, trained: str) -> list[float]:
     """Return an option's number, if it can be looked at without a host synchronisation; refuse what is none.
 
     Args:
         name: of the option.
         value: a number, or a tensor with one.
+        input: hidden states, on whose device a tensor must be, or on the CPU.
         without: what to give for no such thing.
         trained: what to do where the option is to be trained.
     """
     if not isinstance(value, Tensor):
         _check_number(name, value, without)
         return [value]  # type: ignore[list-item]
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(
+            f"{name} must be a number or a dense tensor with one, got {kind}; give a number"
+        )
     if value.numel() != 1:
         raise ValueError(
             f"{name} must be a number or a tensor with one, got shape {tuple(value.shape)}"
         )
     if value.dtype not in _FLOATS + _INTEGERS:
         raise TypeError(f"{name} must be a number, got {value.dtype}")
-    if (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value):
+    _check_option_device(name, value, input)
+    if is_differentiated(value):
         raise ValueError(
             f"{name} requires a gradient, which levelhead does not compute: it would not be trained. Give "
             f"{name}.detach() to hold it fixed; to train it, {trained}"
@@ -169,8 +203,27 @@ def _numbers(name: str, value: object, without: str, trained: str) -> list[float
     return found
 
 
+def _check_option_device(name: str, value: Tensor, input: Tensor) -> None:
+    """Refuse a tensor on another device than input; a number on the CPU can be read from anywhere."""
+    if value.device != input.device and not (value.is_cpu and value.numel() == 1):
+        raise ValueError(
+            f"{name} is on {value.device} but input is on {input.device}; move it there, or give a number"
+        )
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a tensor requires a gradient or has a tangent, at any level of torch.func's transforms."""
+    if (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor):
+        return True
+    if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return is_differentiated(functorch.get_unwrapped(tensor))
+
+
 def _has_tangent(tensor: Tensor) -> bool:
-    if forward_ad._current_level < 0:
+    # A batch has none of its own, and torch has no rule to ask it.
+    batched = not torch.compiler.is_compiling() and functorch.is_batchedtensor(tensor)
+    if forward_ad._current_level < 0 or batched:
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
@@ -180,14 +233,15 @@ def check_options(
 ) -> None:
     """Refuse options out of their range."""
     dense = "compute the loss from logits with torch.nn.functional.cross_entropy"
-    caps = [] if softcap is None else _numbers("softcap", softcap, "None", dense)
-    scales = _numbers("logit_scale", logit_scale, "1.0", "multiply input and linear_bias by it")
+    caps = [] if softcap is None else _numbers("softcap", softcap, input, "None", dense)
+    by_hand = "multiply input and linear_bias by it"
+    scales = _numbers("logit_scale", logit_scale, input, "1.0", by_hand)
     for cap in caps:
-        if not 0 < cap < math.inf:
-            raise ValueError(f"softcap must be a positive number or None, got {cap}")
+        if not 0 < cap <= _LARGEST:
+            raise ValueError(f"softcap must be a positive number or None, got {_shown(cap)}")
     for scale in scales:
-        if not 0 < scale < math.inf:
-            raise ValueError(f"logit_scale must be a positive number, got {scale}")
+        if not 0 < scale <= _LARGEST:
+            raise ValueError(f"logit_scale must be a positive number, got {_shown(scale)}")
     if impl not in (None, "chunked", "reference", "triton"):
         raise ValueError(
             f"unknown impl {impl!r}; expected None, 'chunked', 'triton' or 'reference'"
@@ -215,7 +269,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def check_loss_options(
-    label_smoothing: float | Tensor, reduction: str, z_loss: float | Tensor, target: Tensor
+    label_smoothing: float | Tensor,
+    reduction: str,
+    z_loss: float | Tensor,
+    input: Tensor,
+    target: Tensor,
 ) -> None:
     """Refuse options of the loss out of their range."""
     if not isinstance(reduction, str):
@@ -225,14 +283,15 @@ def check_loss_options(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
     by_hand = "add it times the square of the logsumexp that linear_logit_stats returns"
-    for factor in _numbers("z_loss", z_loss, "0.0", by_hand):
-        if not 0 <= factor < math.inf:
-            raise ValueError(f"z_loss must be a number >= 0, got {factor}")
+    for factor in _numbers("z_loss", z_loss, input, "0.0", by_hand):
+        if not 0 <= factor <= _LARGEST:
+            raise ValueError(f"z_loss must be a number >= 0, got {_shown(factor)}")
     if not isinstance(label_smoothing, Tensor):
         _check_number("label_smoothing", label_smoothing, "0.0")
         if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {_shown(label_smoothing)}")
         return
+    check_tensor("label_smoothing", label_smoothing)
     if label_smoothing.dtype not in _FLOATS:
         raise TypeError(f"label_smoothing must be floating point, got {label_smoothing.dtype}")
     if label_smoothing.dim() and label_smoothing.shape != target.shape:
@@ -240,6 +299,7 @@ def check_loss_options(
             f"label_smoothing must be a number, a 0-dim tensor or of target's shape "
             f"{tuple(target.shape)}, got shape {tuple(label_smoothing.shape)}"
         )
+    _check_option_device("label_smoothing", label_smoothing, input)
 
 
 def check_ids(name: str, ids: Tensor, input: Tensor, *, several: bool) -> None:

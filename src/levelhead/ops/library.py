@@ -250,6 +250,9 @@ def _recomputed_gradients(
     """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
     z_loss = ctx.z_loss if variables is None else variables[0]
     model = None if variables is None else variables[1:]
+    # Of a row without weight these may be NaN, and 0 * NaN would be a gradient.
+    inert = token_weight == 0
+    logsumexp, largest = (field.masked_fill(inert, 0) for field in (logsumexp, largest))
     gradient = token_loss_backward(
         grad_loss * token_weight, largest, logsumexp, label_smoothing, z_loss
     )
@@ -344,7 +347,8 @@ def differentiable_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     return gradients
 
 
-def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+def refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+    """Refuse a tangent."""
     raise RuntimeError(
         "levelhead does not implement forward-mode differentiation: a tangent (of torch.func.jvp, linearize, jacfwd or "
         "hessian, or of torch.autograd.forward_ad) reached linear_cross_entropy or linear_logit_stats. Use reverse "
@@ -362,7 +366,7 @@ class _Stats(torch.autograd.Function):
     forward = staticmethod(linear_logit_stats)
     setup_context = staticmethod(_save_stats)
     backward = staticmethod(_stats_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
@@ -377,7 +381,7 @@ class _StatsBackward(torch.autograd.Function):
 
     forward = staticmethod(linear_logit_stats_backward)
     backward = staticmethod(_refuse_double_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

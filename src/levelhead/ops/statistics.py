@@ -73,13 +73,19 @@ class LogitStats(NamedTuple):
 
     @property
     def entropy(self) -> Tensor:
-        """``-sum_v p_v log p_v``, at least 0, shape ``(...)``; nats, float32 or float64."""
-        return self.relative_logsumexp - self.relative_expected
+        """``-sum_v p_v log p_v``, at least 0, shape ``(...)``; nats, float32 or float64.
+
+        NaN, as in torch, where all logits are -inf: there are no probabilities.
+        """
+        return _nan_without_mass(self.relative_logsumexp) - self.relative_expected
 
     @property
     def confidence(self) -> Tensor:
-        """``max_v p_v``, the largest probability, at most 1, shape ``(...)``; float32 or float64."""
-        return (-self.relative_logsumexp).exp()
+        """``max_v p_v``, the largest probability, at most 1, shape ``(...)``; float32 or float64.
+
+        NaN, as in torch, where all logits are -inf.
+        """
+        return (-_nan_without_mass(self.relative_logsumexp)).exp()
 
 
 # What torch.export saves it as: a NamedTuple has no name of its own there.
@@ -152,6 +158,11 @@ def merge(a: LogitStats, a_size: int, b: LogitStats, b_size: int) -> LogitStats:
 def anchor(largest: Tensor) -> Tensor:
     """Return what logits are relative to: the largest, or 0 where all are -inf, masked out, as -inf - -inf is NaN."""
     return largest.masked_fill(largest == -torch.inf, 0)
+
+
+def _nan_without_mass(relative_logsumexp: Tensor) -> Tensor:
+    """Return the statistic, NaN where it is -inf: all logits are."""
+    return relative_logsumexp.masked_fill(relative_logsumexp == -torch.inf, torch.nan)
 
 
 def _relative_to(largest: Tensor, part: LogitStats) -> LogitStats:

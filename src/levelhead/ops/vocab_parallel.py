@@ -118,6 +118,8 @@ def vocab_parallel_logit_stats(
 class _VocabParallelLogitStats(torch.autograd.Function):
     """The general pair of library.py, with a gather after the forward and a sum after the backward."""
 
+    jvp = staticmethod(library.refuse_forward_mode)
+
     @staticmethod
     def forward(
         ctx: Any,
