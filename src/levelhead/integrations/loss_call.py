@@ -100,7 +100,9 @@ class LossCall:
                 "the labels of one only. Use unpatch_model to train this model"
             )
         self._check_options(args, options)
-        if isinstance(vocab_size, int) and vocab_size != logits.shape[-1]:
+        # A tensor-parallel head answers with one number: its logits lie on several ranks.
+        one_number = self.answer is None or self.answer[2] is None
+        if isinstance(vocab_size, int) and vocab_size != logits.shape[-1] and not one_number:
             raise ChangedError(
                 f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
                 "the vocabulary sizes of the model's config and its head agree"
@@ -202,7 +204,8 @@ class LossCall:
         self.lead_through(anchor)
         self.returned = self.loss + anchor
         self.handed_version = version(self.returned)
-        if not (self.keep_logits or torch.compiler.is_compiling() or torch.is_anomaly_enabled()):
+        traced = torch.compiler.is_compiling() or torch.is_anomaly_enabled()
+        if not self.keep_logits and not traced and not is_dtensor(logits):
             # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
             # No gradient comes to the head from here, so none is NaN.
             part.data.fill_(torch.nan)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import vmap
 from .chunked import buffer_budget
-from .library import VERSION, _refuse_double_backward, _refuse_forward_mode, transformed
+from .library import VERSION, _refuse_double_backward, refuse_forward_mode, transformed
 from .rows import Rows
 from .statistics import statistics_dtype
 from .sums import slices
@@ -135,7 +135,7 @@ class _Products(torch.autograd.Function):
     forward = staticmethod(linear_gather_products)
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> Any:
@@ -148,7 +148,7 @@ class _ProductsBackward(torch.autograd.Function):
 
     forward = staticmethod(linear_gather_backward)
     backward = staticmethod(_refuse_double_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
