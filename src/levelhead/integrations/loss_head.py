@@ -60,7 +60,7 @@ class LossHead(nn.Linear):
             loss = whole.from_local(loss, whole.device_mesh, whole.placements)
             call.answer = loss, version(loss), None
             return loss
-        sent = _numbers(self.out_features, call.loss.device, self._dtype_of(input))
+        sent = _numbers(len(self.weight), call.loss.device, self._dtype_of(input))
         # As many dimensions as logits have. Nothing of the loss but its place in the graph, of which no gradient comes.
         never = torch.zeros((), dtype=torch.bool, device=sent.device)
         stand_in = torch.where(never, call.loss.to(sent.dtype), sent.reshape(1, 1, -1))

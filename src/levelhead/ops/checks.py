@@ -181,7 +181,8 @@ def _numbers(name: str, value: object, input: Tensor, without: str, trained: str
     """
     if not isinstance(value, Tensor):
         _check_number(name, value, without)
-        return [value]  # type: ignore[list-item]
+        # Of NumPy, a Python number: float16 does not compare with the largest float64.
+        return [value.item() if hasattr(value, "item") else value]  # type: ignore[list-item]
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(
@@ -213,14 +214,15 @@ def _check_option_device(name: str, value: Tensor, input: Tensor) -> None:
 
 def is_differentiated(tensor: Tensor) -> bool:
     """Return whether a tensor requires a gradient or has a tangent, at any level of torch.func's transforms."""
-    if (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor):
+    if (tensor.requires_grad and torch.is_grad_enabled()) or has_tangent(tensor):
         return True
     if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return is_differentiated(functorch.get_unwrapped(tensor))
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether a tensor has a tangent of forward-mode differentiation."""
     # A batch has none of its own, and torch has no rule to ask it.
     batched = not torch.compiler.is_compiling() and functorch.is_batchedtensor(tensor)
     if forward_ad._current_level < 0 or batched:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from . import library
+from .checks import has_tangent
 from .statistics import LogitStats, empty_set, merge, statistics_dtype
 
 
@@ -108,6 +109,8 @@ def vocab_parallel_logit_stats(
             f"rank {rank} holds {len(linear_weight)} rows of linear_weight, but must hold {sizes[rank]} of "
             f"{sum(sizes)} shared by {len(sizes)} ranks; shard it with torch.distributed.tensor.distribute_tensor"
         )
+    if has_tangent(input):  # not the function's own jvp, with which the compiler would not trace it
+        library.refuse_forward_mode(None)
     stats: tuple[Tensor, ...] = _VocabParallelLogitStats.apply(  # type: ignore[no-untyped-call]
         input, linear_weight, picks, linear_bias, softcap, logit_scale, impl, tuple(sizes), group,
         variables,
@@ -117,8 +120,6 @@ def vocab_parallel_logit_stats(
 
 class _VocabParallelLogitStats(torch.autograd.Function):
     """The general pair of library.py, with a gather after the forward and a sum after the backward."""
-
-    jvp = staticmethod(library.refuse_forward_mode)
 
     @staticmethod
     def forward(
