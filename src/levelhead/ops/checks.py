@@ -181,8 +181,9 @@ def _numbers(name: str, value: object, input: Tensor, without: str, trained: str
     """
     if not isinstance(value, Tensor):
         _check_number(name, value, without)
-        # Of NumPy, a Python number: float16 does not compare with the largest float64.
-        return [value.item() if hasattr(value, "item") else value]  # type: ignore[list-item]
+        if not torch.compiler.is_compiling() and isinstance(value, numbers.Real):
+            return [float(value)]  # NumPy's float16 does not compare with the largest float64
+        return [value]  # type: ignore[list-item]
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(
