@@ -158,6 +158,7 @@ def test_a_target_out_of_range_makes_the_loss_nan_where_nobody_looks(
     reduction: Any, grad: bool
 ) -> None:
     """The documented behaviour on an accelerator and under torch.compile: loud, without a host synchronisation."""
+    torch.compiler.reset()  # where another test's compilation of it failed, the compiler leaves it out
     target = Y.clone()
     target[1, 2] = 11
     weight = W.clone().requires_grad_(grad)
