@@ -95,7 +95,7 @@ def test_options_that_a_loss_of_the_users_may_honour_are_refused():
     model = tiny()
     model.loss_function = loss
     patch_model(model)(**batch())
-    for option in ("weight", "unheard_of"):
+    for option in ("weight", "unheard_of", "cu_seq_lens_q"):
         with pytest.raises(RuntimeError, match=f"called with {option}, which may change the loss"):
             model(**batch(), **{option: torch.ones(67)})
 

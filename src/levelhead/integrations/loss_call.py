@@ -30,7 +30,8 @@ _LOGITS_TOLERANCE = 1e-3
 
 # What every loss function of transformers takes, and the patch does as well.
 LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
-# What a forward of transformers hands on to its loss function although it is for other modules.
+# What a forward hands on to its loss function although it only says what to return. A mask or the bounds of packed
+# sequences are not among them: a loss may count by these.
 _OUTPUT_OPTIONS = frozenset(
     {
         "output_attentions",
@@ -39,8 +40,6 @@ _OUTPUT_OPTIONS = frozenset(
         "use_cache",
         "return_dict",
     }
-    | {"attention_mask", "position_ids", "cache_position", "pad_token_id", "vision_feature_layer"}
-    | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 )
 
 
@@ -80,9 +79,7 @@ class LossCall:
     objective: Objective | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    answer: Any = (
-        None  # of the head: the tensor, its version, and numbers in it, (V,), for one token
-    )
+    answer: Any = None  # of the head: the tensor, its version, and its numbers for one token, (V,)
     returned: Tensor | None = None  # the loss, as the model was handed it
     handed_version: int | None = None  # how often that had been changed in place
 
@@ -204,8 +201,7 @@ class LossCall:
         self.lead_through(anchor)
         self.returned = self.loss + anchor
         self.handed_version = version(self.returned)
-        traced = torch.compiler.is_compiling() or torch.is_anomaly_enabled()
-        if not self.keep_logits and not traced and not is_dtensor(logits):
+        if not self.keep_logits and not _is_traced() and not is_dtensor(logits):
             # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
             # No gradient comes to the head from here, so none is NaN.
             part.data.fill_(torch.nan)
@@ -252,11 +248,9 @@ class LossCall:
         untouched = loss is self.returned and version(loss) == self.handed_version
         if untouched or self.keep_logits or self.loss is None:
             return
-        if torch.compiler.is_compiling():
-            bad = self.kept
-        else:
-            bad = can_look(loss) and bool(loss.isnan()) and not bool(self.loss.isnan())
-        if bad:
+        # Where something traces, what the model makes of its logits is not NaN, and any term is refused.
+        is_nan = can_look(loss) and bool(loss.isnan()) and not bool(self.loss.isnan())
+        if self.kept if _is_traced() else is_nan:
             raise ChangedError(
                 "the model changed its loss after loss_function, which it did not do when it was "
                 "patched: it adds a term made of its logits, of which there are none in training. Leave "
@@ -268,6 +262,11 @@ _CURE = (
     "patch_model cannot follow that. If the model was changed, call patch_model again; if it is an "
     "argument or a hook, leave it out or use unpatch_model"
 )
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or anomaly detection watches, which have no use for NaN in a stand-in."""
+    return torch.compiler.is_compiling() or torch.is_anomaly_enabled()
 
 
 class _Given:

@@ -1,9 +1,9 @@
 """The head of a patched model, which computes the loss in a training call.
 
 Why the head computes the loss. Inside the call of the head, and only there, FSDP and ZeRO have
-gathered its weight. So the model's forward stashes the labels, the head answers with the loss in
-place of logits, and `loss_function`, which the model's own forward calls next, hands that loss
-back. Whatever else the forward does (a router loss, say) stays its own. A model that computes its
+gathered its weight. So the model's forward stashes the labels, the head leaves the loss and answers
+with a stand-in for the logits, (1, 1, V), and `loss_function`, which the model's own forward calls
+next, hands that loss back. Whatever else the forward does (a router loss, say) stays its own. A model that computes its
 loss by itself (BART, T5) is run without labels, and the loss set in its output.
 """
 
@@ -29,7 +29,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class LossHead(nn.Linear):
-    """The head of a patched model: in a training call its output is the loss, shape (1, 1, 1)."""
+    """The head of a patched model: in a training call it leaves the loss, and answers for one token."""
 
     _levelhead_original: type = nn.Linear
 
