@@ -123,6 +123,31 @@ def test_logits_far_from_0_are_within_budget(
 
 
 @pytest.mark.parametrize(("impl", "device"), RUNS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("z_loss", [1e-6, 1e-4, 1e-2])
+def test_a_z_loss_of_tokens_that_are_certain_is_within_budget(
+    z_loss: float, reduction: str, impl: str, device: str
+) -> None:
+    """Where the target's probability is 1 to the last digit, the gradient of the z-loss is all there is."""
+    problem = _problem(torch.float32, None, reduction, impl, device, spread=40.0)
+    likeliest = problem.logits().argmax(1)
+    certain = problem.logits().detach().softmax(1).amax(1) == 1
+    assert certain.sum() > N / 4
+    problem = replace(
+        problem,
+        label_smoothing=0.0,
+        z_loss=z_loss,
+        target=torch.where(certain, likeliest, -100),
+    )
+    exact = problem.to(torch.float64)
+    truth, yardstick, actual = exact.dense(), problem.dense(), problem.fused()
+    _within_budget_with_gradients(problem, exact, actual, truth, yardstick)
+    again = problem.fused(z_loss=torch.tensor(z_loss))
+    _within_budget_with_gradients(problem, exact, again, truth, yardstick)
+    _within_budget_with_gradients(problem, exact, again, truth, yardstick)  # computed anew
+
+
+@pytest.mark.parametrize(("impl", "device"), RUNS)
 @pytest.mark.parametrize(("offset", "spread"), FAR)
 def test_statistics_of_logits_far_from_0_are_within_budget(
     offset: float, spread: float, impl: str, device: str

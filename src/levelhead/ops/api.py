@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, library
-from .loss import token_loss
+from .loss import picks, token_loss
 from .rows import Rows
 from .statistics import LogitStats, statistics_dtype
 
@@ -164,14 +164,16 @@ def linear_cross_entropy(
         if rows is not None:
             x, ids, weight, counts = (rows.take(tensor) for tensor in (x, ids, weight, counts))
             smoothing = None if smoothing is None else rows.take(smoothing)
-        stats = _stats(sharded, x, linear_weight, ids[:, None], linear_bias, model, impl)
+        targets = picks(ids, z_loss)
+        stats = _stats(sharded, x, linear_weight, targets, linear_bias, model, impl)
         # Ignored rows may hold NaN: masked here, before anything is computed from them, they have no gradient.
         logsumexp, picked, mean, _, largest, _ = stats
-        largest, logsumexp, picked, mean = (
-            field.view_as(ids).where(counts, 0) for field in (largest, logsumexp, picked, mean)
+        largest, logsumexp, picked, again, mean = (
+            field.where(counts, 0)
+            for field in (largest, logsumexp, picked[:, 0], picked[:, -1], mean)
         )
         z_loss = z_loss.to(weight) if isinstance(z_loss, Tensor) else z_loss
-        losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss)
+        losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss, again)
         if reduction == "none":
             return (losses if rows is None else rows.put(losses)).reshape(target.shape)
         loss = losses.sum()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import tile
-from .loss import token_loss, token_loss_backward
+from .loss import picks, token_loss, token_loss_backward
 from .rows import Rows
 from .statistics import (
     GradientDtypes,
@@ -131,7 +131,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
     kept, size = Rows(token_weight != 0), len(linear_weight)
-    input, picks, token_weight = (kept.take(t) for t in (input, target[:, None], token_weight))
+    input, target, token_weight = (kept.take(t) for t in (input, target, token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing)
     dtype = statistics_dtype(input.dtype)
     buffers = 1 if softcap is None else 2  # the derivative of a softcap needs the logits once more
@@ -144,7 +144,8 @@ def linear_cross_entropy(
     none = token_weight[:0]
     losses, logsumexps, maxima = [none], [none], [none]
     for rows in slices(len(input), tokens):
-        x, ids, w, eps = input[rows], picks[rows], token_weight[rows], at(smoothing, rows)
+        x, w, eps = input[rows], token_weight[rows], at(smoothing, rows)
+        ids = picks(target[rows], z_loss)
         t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)

@@ -22,7 +22,7 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from . import checks, flops, vmap
-from .loss import token_loss_backward
+from .loss import picks, token_loss_backward
 from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
 # A digest of the operators' sources. Every call hands it to them, and they ignore it: a constant of a graph is part of
@@ -257,7 +257,7 @@ def _recomputed_gradients(
         grad_loss * token_weight, largest, logsumexp, label_smoothing, z_loss
     )
     return differentiable_stats_backward(
-        *gradient, input, linear_weight, target[:, None], linear_bias,
+        *gradient, input, linear_weight, picks(target, z_loss), linear_bias,
         logsumexp, logsumexp, largest, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, model,
     )  # fmt: skip
 

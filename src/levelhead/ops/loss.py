@@ -7,6 +7,11 @@ With ``q = (1 - eps) onehot(target) + eps / V`` (Szegedy et al. 2016, https://ar
 
 ``q`` sums to 1, so the three may all be relative to the largest logit, and are: their digits are not spent on an offset
 that cancels.
+
+Where the target's probability is almost 1, so is what its logit's gradient loses: ``p_t - 1`` is almost 0, and what a
+z-loss adds, ``2 z_loss logsumexp p_t``, is all that is left. It must not be rounded beside the 1. So with a z-loss the
+target is picked twice: the gradient of the first pick takes away what that of ``logsumexp`` holds of both, the gradient
+of the second gives the z-loss's share back.
 """
 
 import torch
@@ -22,8 +27,12 @@ def token_loss(
     mean: Tensor,  # (N,), relative to the largest logit
     label_smoothing: Tensor | float | None,  # (N,), or one for all
     z_loss: Tensor | float,
+    again: Tensor | None = None,  # (N,), the second pick: needed by autograd, with a z-loss
 ) -> Tensor:
     """Return the loss of each token, shape (N,)."""
+    z_logsumexp = largest + logsumexp
+    if again is not None:  # adds 0
+        z_logsumexp = z_logsumexp + (again - picked).nan_to_num()  # NaN where both are -inf
     picked = picked - largest
     if label_smoothing is None:
         loss = logsumexp - picked
@@ -34,7 +43,7 @@ def token_loss(
             unsmoothed = torch.where(label_smoothing == 0, picked, mean)
             mean = torch.where(mean == -torch.inf, unsmoothed, mean)
         loss = logsumexp - (1 - label_smoothing) * picked - label_smoothing * mean
-    return loss if _is_nothing(z_loss) else loss + z_loss * (largest + logsumexp).square()
+    return loss + z_loss * z_logsumexp.square() if has_z_loss(z_loss) else loss
 
 
 def token_loss_backward(
@@ -44,16 +53,23 @@ def token_loss_backward(
     label_smoothing: Tensor | None,  # (N,)
     z_loss: Tensor | float,
 ) -> StatsGradient:
-    """Return the gradients of the statistics that :func:`token_loss` uses, picked of shape (N, 1)."""
-    of_logsumexp = token_weight
-    if not _is_nothing(z_loss):
-        of_logsumexp = token_weight * (1 + 2 * z_loss * (largest + logsumexp))
+    """Return the gradients of the statistics that :func:`token_loss` uses, picked of shape (N, 1), or (N, 2)."""
     if label_smoothing is None:
-        return StatsGradient(of_logsumexp, -token_weight[:, None], None, None)
-    of_picked = token_weight * (label_smoothing - 1)
-    return StatsGradient(of_logsumexp, of_picked[:, None], -token_weight * label_smoothing, None)
+        of_picked, of_mean = -token_weight, None
+    else:
+        of_picked, of_mean = token_weight * (label_smoothing - 1), -token_weight * label_smoothing
+    if not has_z_loss(z_loss):
+        return StatsGradient(token_weight, of_picked[:, None], of_mean, None)
+    share = 2 * z_loss * (largest + logsumexp) * token_weight
+    of_picks = torch.stack([of_picked - share, share], 1)
+    return StatsGradient(token_weight + share, of_picks, of_mean, None)
 
 
-def _is_nothing(z_loss: Tensor | float) -> bool:
-    """Return whether there is no z-loss; a tensor's value is not looked at."""
-    return not isinstance(z_loss, Tensor) and z_loss == 0
+def has_z_loss(z_loss: Tensor | float) -> bool:
+    """Return whether there is a z-loss; a tensor's value is not looked at."""
+    return isinstance(z_loss, Tensor) or z_loss != 0
+
+
+def picks(target: Tensor, z_loss: Tensor | float) -> Tensor:
+    """Return what to pick for targets (N,), (N, 1), or with a z-loss (N, 2)."""
+    return target[:, None].expand(-1, 2 if has_z_loss(z_loss) else 1)

@@ -16,7 +16,7 @@ head returns. Everything is computed in float32, or in float64 for float64 input
 import torch
 from torch import Tensor
 
-from .loss import token_loss, token_loss_backward
+from .loss import picks, token_loss, token_loss_backward
 from .rows import Rows
 from .statistics import (
     GradientDtypes,
@@ -100,7 +100,7 @@ def linear_cross_entropy(
     gradient_dtypes: GradientDtypes,
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
-    head = (linear_weight, target[:, None], linear_bias)
+    head = (linear_weight, picks(target, z_loss), linear_bias)
     stats = linear_logit_stats(input, *head, softcap, logit_scale)
     logsumexp, picked, mean, expected, largest, _ = stats
     loss = token_loss(largest, logsumexp, picked[:, 0], mean, label_smoothing, z_loss)

@@ -99,13 +99,15 @@ def softmax_kernel(
 
     # The derivative of loss.token_loss with respect to the logits.
     weight = tl.load(token_weight + row)
-    of_exp = weight * (1 + 2 * Z_LOSS * (top + logsumexp)) / total_of_all
+    of_z_loss = 2 * Z_LOSS * (top + logsumexp) * weight
+    of_exp = (weight + of_z_loss) / total_of_all
     of_target = -weight
     of_all = 0.0
     if label_smoothing is not None:
         smoothing = tl.load(label_smoothing + row)
         of_target = weight * (smoothing - 1)
         of_all = -weight * smoothing / V
+    of_target -= of_z_loss
     tl.debug_barrier()  # all threads have read the target's logit, which the next lines may overwrite
     sums = tl.zeros((BLOCK_V,), DTYPE)
     for first in range(0, V, BLOCK_V):
@@ -114,6 +116,8 @@ def softmax_kernel(
         relative = tl.where(inside, z - top, 0.0)
         sums += relative
         dz = of_exp * tl.exp(relative) + of_all + tl.where(first + entries == id, of_target, 0.0)
+        if Z_LOSS != 0:  # given back last: see loss.py
+            dz += tl.where(first + entries == id, of_z_loss, 0.0)
         tl.store(gradient + first + entries, (dz * slope).to(gradient.dtype.element_ty), inside)
     tl.store(stats + 3 * stats_stride + row, tl.sum(sums, 0) / V)
 
