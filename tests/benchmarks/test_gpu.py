@@ -153,7 +153,7 @@ def test_a_case_too_large_for_the_device_is_rows_with_the_reason(
 def test_the_truth_is_the_reference_in_float64() -> None:
     mine = Step(replace(tiny(GROUPS[0])[0], dtype="float64", n=700), methods.dense)
     weight = torch.full((700,), 1 / 700, dtype=torch.float64)
-    loss, _, _, (dx, dw, _) = reference.linear_cross_entropy(
+    loss, (dx, dw, _) = reference.linear_cross_entropy(
         mine.x.detach(), mine.weight.detach(), mine.target, None, weight,
         torch.full_like(weight, 0.1), 0.0, None, 1.0, (torch.float64, torch.float64, None),
     )  # fmt: skip

@@ -128,8 +128,8 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
+) -> tuple[Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i and its gradients."""
     kept, size = Rows(token_weight != 0), len(linear_weight)
     input, target, token_weight = (kept.take(t) for t in (input, target, token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing)
@@ -141,8 +141,7 @@ def linear_cross_entropy(
     dw = zeros(linear_weight, gradient_dtypes[1], dtype)
     db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     scale = float16_scale(token_weight) if input.dtype == torch.float16 else None
-    none = token_weight[:0]
-    losses, logsumexps, maxima = [none], [none], [none]
+    losses = [token_weight[:0]]
     for rows in slices(len(input), tokens):
         x, w, eps = input[rows], token_weight[rows], at(smoothing, rows)
         ids = picks(target[rows], z_loss)
@@ -153,8 +152,6 @@ def linear_cross_entropy(
         logsumexp = total.log()
         loss = w * token_loss(largest, logsumexp, picked[:, 0], mean, eps, z_loss)
         losses.append(loss.masked_fill(w == 0, 0))  # where it is infinite or NaN, too
-        logsumexps.append(logsumexp)
-        maxima.append(largest)
         g = token_loss_backward(w if scale is None else w * scale, largest, logsumexp, eps, z_loss)
         da = tile.gradient_(exps, t, ids, 0, g, total, size, softcap)
         for columns, weight, _ in _head_tiles(input, linear_weight, None, size):
@@ -164,9 +161,7 @@ def linear_cross_entropy(
             )  # fmt: skip
     if scale is not None:
         dx, dw, db = (None if g is None else g.div_(scale) for g in (dx, dw, db))
-    gradients = finish((dx, dw, db), gradient_dtypes, kept)
-    logsumexp, largest = (kept.put(torch.cat(parts)) for parts in (logsumexps, maxima))
-    return torch.cat(losses).sum(), logsumexp, largest, gradients
+    return torch.cat(losses).sum(), finish((dx, dw, db), gradient_dtypes, kept)
 
 
 def buffer_budget(linear_weight: Tensor) -> int:

@@ -3,7 +3,7 @@
 ``levelhead::linear_logit_stats`` and ``levelhead::linear_logit_stats_backward`` are the general pair: statistics
 forward, tiles recomputed backward, any upstream gradient per token. ``levelhead::linear_cross_entropy`` returns a
 weighted sum of token losses together with its gradients; its backward multiplies them by the upstream gradient,
-in place, once. A second backward recomputes them through ``linear_logit_stats_backward``.
+in place, once. A second backward computes them anew through the general pair.
 
 All three are opaque to the compiler on purpose: their loops depend on sizes that it would unroll. Tensors are
 flat here, (N, D) and (N,); shapes, defaults and errors are the business of api.py. Autocast is switched off inside:
@@ -133,29 +133,26 @@ def linear_cross_entropy(
     impl: str | None,
     variables: Tensor | None = None,  # (3,), in place of z_loss, softcap and logit_scale
     version: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return sum_i token_weight_i * loss_i, two statistics and the gradients of input, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return sum_i token_weight_i * loss_i and the gradients of input, weight and bias.
 
-    The statistics are logsumexp relative to max, and max, (N,): what recomputed gradients need.
     The gradients of float16 tensors are float32, so that a loss scale still finds what float16 would have lost.
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     options = _values(variables, z_loss, softcap, logit_scale)
     with torch.autocast(input.device.type, enabled=False):
-        loss, logsumexp, largest, gradients = implementation(impl, input).linear_cross_entropy(
+        loss, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
             *options, dtypes,
         )  # fmt: skip
-    return loss, logsumexp, largest, *_some(gradients, input)
+    return loss, *_some(gradients, input)
 
 
 @linear_cross_entropy.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (input, linear_weight, _, linear_bias, token_weight), output_mask = args[:5], args[9]
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
-    gradients = _empty_gradients(input, linear_weight, dtypes)
-    logsumexp, largest = (token_weight.new_empty(token_weight.shape) for _ in range(2))
-    return token_weight.new_empty(()), logsumexp, largest, *gradients
+    return token_weight.new_empty(()), *_empty_gradients(input, linear_weight, dtypes)
 
 
 # Autograd.
@@ -202,12 +199,12 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables, _ = inputs
-    _, logsumexp, largest, *gradients = output
-    ctx.mark_non_differentiable(logsumexp, largest, *gradients)
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
     # The gradients are saved like the rest: a checkpoint then drops those of its first forward.
-    ctx.save_for_backward(*tensors, variables, logsumexp, largest, *gradients)
+    ctx.save_for_backward(*tensors, variables, *gradients)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -244,21 +241,27 @@ def _recomputed_gradients(
     token_weight: Tensor,
     label_smoothing: Tensor | None,
     variables: Tensor | None,
-    logsumexp: Tensor,
-    largest: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch."""
+    """Return the gradients anew: the stored ones are spent, or asked for with create_graph=True or in a batch.
+
+    So are the statistics: those of logits that other products made, rounded otherwise, do not sum to 1 with these.
+    """
     z_loss = ctx.z_loss if variables is None else variables[0]
     model = None if variables is None else variables[1:]
+    head = input, linear_weight, picks(target, z_loss), linear_bias
+    options = ctx.softcap, ctx.logit_scale
+    with torch.no_grad():
+        stats = LogitStats(*linear_logit_stats(*head, *options, ctx.impl, model))
     # Of a row without weight these may be NaN, and 0 * NaN would be a gradient.
     inert = token_weight == 0
-    logsumexp, largest = (field.masked_fill(inert, 0) for field in (logsumexp, largest))
+    logsumexp, largest = (
+        field.masked_fill(inert, 0) for field in (stats.relative_logsumexp, stats.max)
+    )
     gradient = token_loss_backward(
         grad_loss * token_weight, largest, logsumexp, label_smoothing, z_loss
     )
     return differentiable_stats_backward(
-        *gradient, input, linear_weight, picks(target, z_loss), linear_bias,
-        logsumexp, logsumexp, largest, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, model,
+        *gradient, *head, logsumexp, logsumexp, largest, *options, ctx.mask, ctx.impl, model,
     )  # fmt: skip
 
 

@@ -98,8 +98,8 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
+) -> tuple[Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i and its gradients."""
     head = (linear_weight, picks(target, z_loss), linear_bias)
     stats = linear_logit_stats(input, *head, softcap, logit_scale)
     logsumexp, picked, mean, expected, largest, _ = stats
@@ -109,7 +109,7 @@ def linear_cross_entropy(
         token_loss_backward(token_weight, largest, logsumexp, label_smoothing, z_loss), keep, input,
         *head, logsumexp, expected, largest, softcap, logit_scale, gradient_dtypes,
     )  # fmt: skip
-    return (token_weight * loss).masked_fill(~keep, 0).sum(), logsumexp, largest, gradients
+    return (token_weight * loss).masked_fill(~keep, 0).sum(), gradients
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -107,4 +107,4 @@ def _(*args: Any) -> list[Rule]:
     _OPS.linear_cross_entropy.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules("stt" + _gradients(args[9]), "ththtt", args)
+    return _rules("s" + _gradients(args[9]), "ththtt", args)

@@ -142,8 +142,8 @@ def linear_cross_entropy(
     softcap: float | None,
     logit_scale: float,
     gradient_dtypes: GradientDtypes,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Return sum_i token_weight_i * loss_i, logsumexp relative to max and max (N,), and the sum's gradients."""
+) -> tuple[Tensor, Gradients]:
+    """Return sum_i token_weight_i * loss_i and its gradients."""
     kept, size, dtype = Rows(token_weight != 0), len(linear_weight), statistics_dtype(input.dtype)
     x, ids, loss_weight = (kept.take(t).contiguous() for t in (input, target, token_weight))
     smoothing = None if label_smoothing is None else kept.take(label_smoothing).contiguous()
@@ -179,9 +179,7 @@ def linear_cross_entropy(
     largest, logsumexp, picked, mean = stats
     loss = loss_weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss)
     loss = loss.masked_fill(loss_weight == 0, 0)  # where it is infinite or NaN, too
-    # Copies: what an operator returns must not share memory.
-    largest, logsumexp = kept.put(largest.clone()), kept.put(logsumexp.clone())
-    return loss.sum(), logsumexp, largest, finish((dx, dw, db), gradient_dtypes, kept)
+    return loss.sum(), finish((dx, dw, db), gradient_dtypes, kept)
 
 
 def _fill_(
