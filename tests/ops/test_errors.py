@@ -33,11 +33,20 @@ def _refusal(error: type[Exception], *args: Any, function: Any = None, **options
         ((X, W, Y.to("meta")), ValueError, "target is on meta but input is on cpu; move one"),
         ((X.half(), W, Y), TypeError, "input is torch.float16 but linear_weight and linear_bias are torch.float32; cast them to one dtype, or use torch.autocast"),
         ((X, W, Y + 11), IndexError, "target[0, 0] is 11, outside [0, 11) and not ignore_index = -100; 6 of 6 targets are"),
+        ((X, W, (Y - 100).to(torch.uint8)), IndexError, "target[0, 0] is 156, outside [0, 11) and not ignore_index = -100; 6 of 6 targets are"),
         ((X, W, Y - 1), IndexError, "target[0, 0] is -1, outside [0, 11) and not ignore_index = -100; 6 of 6 targets are"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(args: Any, error: type[Exception], text: str) -> None:
     assert _refusal(error, *args) == text
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors is in prototype")
+def test_a_masked_tensor_is_refused() -> None:
+    text = _refusal(TypeError, X, W, torch.masked.masked_tensor(Y, Y == 0))
+    assert text.startswith(
+        "target must be a plain tensor, got a MaskedTensor; use target.to_tensor(value)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,19 @@ def test_a_second_backward_is_right(dtype: torch.dtype) -> None:
         torch.testing.assert_close(list(again), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_hooks_that_hand_out_the_same_memory_in_new_tensors_get_it_scaled_once() -> None:
+    x, weight, target, _ = _tensors(torch.float64)
+    expected = torch.autograd.grad(levelhead.linear_cross_entropy(x, weight, target), (x, weight))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved.detach().numpy(), torch.from_numpy
+    ):
+        loss = levelhead.linear_cross_entropy(x, weight, target)
+    for factor in (2.0, 3.0):
+        upstream = torch.tensor(factor, dtype=torch.float64)
+        found = torch.autograd.grad(loss, (x, weight), upstream, retain_graph=True)
+        torch.testing.assert_close(list(found), [factor * g for g in expected])
+
+
 def test_the_first_backward_consumes_the_stored_gradient_in_place() -> None:
     x, weight, target, _ = _tensors()
     loss = levelhead.linear_cross_entropy(x, weight, target)
@@ -119,9 +132,9 @@ def test_backward_passes_of_one_graph_may_run_at_once(monkeypatch: pytest.Monkey
     both, claim = threading.Barrier(2), library._claim
     answers: list[bool] = []
 
-    def at_once(stored: Any) -> bool:
+    def at_once(*arguments: Any) -> bool:
         both.wait(timeout=60)
-        answers.append(claim(stored))
+        answers.append(claim(*arguments))
         return answers[-1]
 
     monkeypatch.setattr(library, "_claim", at_once)

@@ -8,6 +8,7 @@ from tests.problems import IMPLEMENTATIONS, Problem, assert_equal, gradients
 from torch import Tensor
 
 import levelhead
+from levelhead.ops.loss import token_loss
 
 N, D, V, MASKED = 5, 8, 9, 3
 
@@ -73,6 +74,16 @@ def test_an_ignored_token_may_carry_a_smoothing_and_a_weight_of_nan(
     actual, expected = problem.fused(**tensors(torch.nan)), problem.fused(**tensors(1.0))
     assert_equal(actual, expected)
     assert_equal(gradients(actual, problem), gradients(expected, problem))
+
+
+def test_smoothing_as_a_number_0_is_no_smoothing_where_a_loss_is_made_of_statistics() -> None:
+    problem = _problem("chunked", "none", masked=1)
+    stats = levelhead.linear_logit_stats(
+        problem.input, problem.linear_weight, problem.target, linear_bias=problem.linear_bias
+    )
+    head = (stats.max, stats.relative_logsumexp, stats.picked, stats.relative_mean)
+    assert_equal(token_loss(*head, 0.0, 0.0), token_loss(*head, None, 0.0))
+    assert token_loss(*head, 0.0, 0.0).isfinite().any()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

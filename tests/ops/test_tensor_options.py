@@ -125,6 +125,18 @@ def test_a_constant_stays_in_the_graph(name: str) -> None:
     assert call.args[-2] is None
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_z_loss_may_be_filled_anew_before_the_backward(reduction: Any) -> None:
+    x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    z_loss, target = torch.tensor(0.1, dtype=torch.float64), torch.arange(5)
+    options = {"z_loss": z_loss, "reduction": reduction}
+    expected = levelhead.linear_cross_entropy(x, weight, target, **options).sum()
+    (expected,) = torch.autograd.grad(expected, x)
+    loss = levelhead.linear_cross_entropy(x, weight, target, **options).sum()
+    z_loss.fill_(7.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), (expected,))
+
+
 def test_statistics_take_them_too() -> None:
     options = {"softcap": torch.tensor(3.0), "logit_scale": 1 / torch.tensor(2.0)}
     expected = levelhead.linear_logit_stats(X, W, T, softcap=3.0, logit_scale=0.5)

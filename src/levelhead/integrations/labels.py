@@ -26,6 +26,7 @@ def check_labels(
         raise TypeError(f"{name} must hold integer ids, got {target.dtype}; use {name}.long()")
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
         return
+    target = target.long()  # beside a narrow dtype a number is wrapped around before it is compared
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if outside.any():
         first = outside.nonzero()[0]

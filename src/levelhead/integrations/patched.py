@@ -280,7 +280,7 @@ def _target(labels: Any, shift_labels: Any, shift: bool, ignore_index: int) -> T
     if shift and shift_labels is None:
         target = F.pad(target, (0, 1), value=IGNORE_INDEX)[..., 1:]
     if ignore_index != IGNORE_INDEX:
-        target = target.masked_fill(target == ignore_index, IGNORE_INDEX)
+        target = target.masked_fill(target.long() == ignore_index, IGNORE_INDEX)
     return target
 
 

@@ -108,15 +108,16 @@ def distillation_loss(
     _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
     check_choice("normalisation", normalisation, get_args(Normalisation))
     check_choice("reduction", reduction, get_args(Reduction))
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    checks.check_ignore_index(ignore_index)
     if reduction == "batchmean" and input.dim() < 2:
         raise ValueError(
             "reduction='batchmean' needs a first dimension of tokens, and input of shape "
             f"{tuple(input.shape)} is one token; use 'sum'"
         )
     head = (input, linear_weight, linear_bias, softcap, logit_scale, impl)
-    counts = teacher_ids[..., 0] != ignore_index
+    counts = (
+        teacher_ids[..., 0].long() != ignore_index
+    )  # a number would be made as narrow as the ids
     losses = _losses(head, teacher_ids, teacher_log_probs, counts, normalisation)
     if reduction == "none":
         return losses
@@ -191,7 +192,9 @@ class Distillation:
         if teacher_log_probs.dtype == torch.int32:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
         _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
-        counts = logical_and(teacher_ids[..., 0] != _IGNORE_INDEX, target != _IGNORE_INDEX)
+        counts = logical_and(
+            teacher_ids[..., 0].long() != _IGNORE_INDEX, target.long() != _IGNORE_INDEX
+        )
         head = (input, linear_weight, linear_bias, softcap, logit_scale, None)
         return _losses(head, teacher_ids, teacher_log_probs, counts, self.normalisation)
 
@@ -265,6 +268,7 @@ def _picked(
         return _picked_of_all(*head)[0], None
     x = _autocast(input)
     checks.check_options(softcap, logit_scale, impl, x)
+    softcap = None if softcap is None else float(softcap)
     flat = (x.reshape(-1, x.shape[-1]), linear_weight, ids.reshape(-1, ids.shape[-1]))
     return linear_gather(*flat, linear_bias, softcap, float(logit_scale)).view_as(ids), None
 

@@ -128,7 +128,7 @@ class CalibrationAware:
             softcap=softcap,
             logit_scale=logit_scale,
         )
-        counts = target != IGNORE_INDEX
+        counts = target.long() != IGNORE_INDEX
         # Ignored positions may hold NaN: masked here, they have no gradient.
         fields = (stats.max, stats.relative_logsumexp, stats.picked[..., 0], stats.relative_mean)
         largest, logsumexp, picked, mean = (field.where(counts, 0) for field in fields)
@@ -166,7 +166,7 @@ def _sound(
             f"{tuple(target.shape)}, {tuple(choices.shape)} and {tuple(answer_position.shape)}"
         )
     entries, tokens = len(linear_weight), target.shape[1]
-    counts, there = target != IGNORE_INDEX, choices >= 0
+    counts, there = target.long() != IGNORE_INDEX, choices >= 0
     sound = torch.ones(len(target), 1, dtype=statistics_dtype(input.dtype), device=target.device)
     return refuse(
         sound,

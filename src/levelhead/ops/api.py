@@ -172,7 +172,8 @@ def linear_cross_entropy(
             field.where(counts, 0)
             for field in (largest, logsumexp, picked[:, 0], picked[:, -1], mean)
         )
-        z_loss = z_loss.to(weight) if isinstance(z_loss, Tensor) else z_loss
+        if isinstance(z_loss, Tensor):  # a copy: it may be filled anew before the backward
+            z_loss = z_loss.to(weight, copy=True)
         losses = weight * token_loss(largest, logsumexp, picked, mean, smoothing, z_loss, again)
         if reduction == "none":
             return (losses if rows is None else rows.put(losses)).reshape(target.shape)
@@ -456,4 +457,5 @@ def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) 
     if not isinstance(label_smoothing, Tensor):
         # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
         return torch.ones_like(weight) * float(label_smoothing) if label_smoothing else None
-    return label_smoothing.to(weight).reshape(-1).expand_as(weight).where(counts, 0)
+    # Not `expand_as`, which DTensors get wrong in inference mode.
+    return label_smoothing.to(weight).reshape(-1).where(counts, 0)

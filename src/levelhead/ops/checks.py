@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.masked import MaskedTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,6 +32,11 @@ def check_tensor(name: str, tensor: Any) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
+    if isinstance(tensor, MaskedTensor):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a MaskedTensor; use {name}.to_tensor(value), with ignore_index for "
+            "targets"
+        )
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise TypeError(
             "levelhead cannot be recorded by torch.jit.trace, which knows no argument that is a list of bool; use "
@@ -41,8 +47,9 @@ def check_tensor(name: str, tensor: Any) -> None:
 def _cure(value: Any) -> str:
     if isinstance(value, torch.fx.Proxy):
         return (
-            'so that torch.fx.symbolic_trace does not look inside, name the function: torch.fx.wrap("linear_cross_'
-            'entropy") beside `from levelhead import linear_cross_entropy`; or use torch.export.export'
+            "so that torch.fx.symbolic_trace does not look inside, name the function that was called: "
+            'torch.fx.wrap("linear_cross_entropy") beside `from levelhead import linear_cross_entropy`; or use '
+            "torch.export.export"
         )
     if hasattr(value, "__array__"):
         return "use torch.from_numpy"
@@ -151,7 +158,10 @@ def _check_number(name: str, value: object, without: str) -> None:
     if isinstance(value, bool) or not isinstance(
         value, numbers.Real | torch.SymInt | torch.SymFloat
     ):
-        cure = f"use float({value!r})" if isinstance(value, str) else f"{without} is none"
+        if isinstance(value, str) or getattr(value, "shape", None) == ():
+            cure = f"use float({value!r})"
+        else:
+            cure = f"{without} is none"
         raise TypeError(f"{name} must be a number, got {value!r}; {cure}")
 
 
@@ -345,11 +355,11 @@ def can_look(tensor: Tensor) -> bool:
 
 def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bool:
     """Refuse targets outside the vocabulary; return False where looking at them would need a host synchronisation."""
-    if type(ignore_index) is not int:
-        _check_integer("ignore_index", ignore_index)
+    check_ignore_index(ignore_index)
     if not can_look(target):
         return False
-    target = unwrapped(target)  # of a batch, the whole
+    # Of a batch, the whole. Beside a narrow dtype a number is wrapped around before it is compared.
+    target = unwrapped(target).long()
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if outside.any():
         position = tuple(outside.nonzero()[0].tolist())
@@ -360,11 +370,16 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bo
     return True
 
 
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
-        raise TypeError(
-            f"{name} must be an integer, got {value!r}; where every target counts, any that is no id, such as -100"
-        )
+def check_ignore_index(ignore_index: int) -> None:
+    """Refuse what no id can be compared with."""
+    every = "where every target counts, any that is no id, such as -100"
+    if type(ignore_index) is not int and (
+        isinstance(ignore_index, bool)
+        or not isinstance(ignore_index, numbers.Integral | torch.SymInt)
+    ):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}; {every}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit int64, got {ignore_index}; {every}")
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -200,6 +200,7 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables, _ = inputs
     _, *gradients = output
+    ctx.claims = {}
     ctx.mark_non_differentiable(*gradients)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
@@ -214,7 +215,12 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
     *saved, dx, dw, db = ctx.saved_tensors
     input, linear_weight, _, linear_bias, *_ = saved
     stored: tuple[Tensor, ...] = (dx, dw, db)
-    if torch.is_grad_enabled() or transformed() or _is_batch(grad_loss) or not _claim(stored):
+    if (
+        torch.is_grad_enabled()
+        or transformed()
+        or _is_batch(grad_loss)
+        or not _claim(ctx.claims, stored)
+    ):
         gradients = _recomputed_gradients(ctx, grad_loss, *saved)
     else:
         gradients = tuple(_scaled(gradient, grad_loss) for gradient in stored)
@@ -265,19 +271,20 @@ def _recomputed_gradients(
     )  # fmt: skip
 
 
-def _claim(gradients: tuple[Tensor, ...]) -> bool:
+def _claim(claims: dict[int, object], gradients: tuple[Tensor, ...]) -> bool:
     """Return whether these stored gradients are this backward's to overwrite: the first one to ask gets them.
 
-    The claim stands on the memory: hooks on saved tensors may hand out the same memory as new tensors, which is spent,
-    or a copy or what a checkpoint has recomputed, which is not. Two backward passes may ask at once, and `setdefault`
-    is atomic.
+    The claim stands on the address: hooks on saved tensors may hand out the same memory as new tensors, which is spent,
+    or a copy or what a checkpoint has recomputed, which is not; should that have the same address, the gradients are
+    computed once more than needed. Two backward passes may ask at once, and `setdefault` is atomic.
     """
     if not all(map(_is_overwritten, gradients)):
         return True
     claim = object()
     return all(
-        vars(gradient.untyped_storage()).setdefault("_levelhead_claim", claim) is claim
+        claims.setdefault(gradient.data_ptr(), claim) is claim
         for gradient in gradients
+        if gradient.numel()
     )
 
 

@@ -34,7 +34,7 @@ def token_loss(
     if again is not None:  # adds 0
         z_logsumexp = z_logsumexp + (again - picked).nan_to_num()  # NaN where both are -inf
     picked = picked - largest
-    if label_smoothing is None:
+    if label_smoothing is None or not _is_on(label_smoothing):
         loss = logsumexp - picked
     else:
         if isinstance(label_smoothing, Tensor):
@@ -43,7 +43,7 @@ def token_loss(
             unsmoothed = torch.where(label_smoothing == 0, picked, mean)
             mean = torch.where(mean == -torch.inf, unsmoothed, mean)
         loss = logsumexp - (1 - label_smoothing) * picked - label_smoothing * mean
-    return loss + z_loss * z_logsumexp.square() if has_z_loss(z_loss) else loss
+    return loss + z_loss * z_logsumexp.square() if _is_on(z_loss) else loss
 
 
 def token_loss_backward(
@@ -58,18 +58,18 @@ def token_loss_backward(
         of_picked, of_mean = -token_weight, None
     else:
         of_picked, of_mean = token_weight * (label_smoothing - 1), -token_weight * label_smoothing
-    if not has_z_loss(z_loss):
+    if not _is_on(z_loss):
         return StatsGradient(token_weight, of_picked[:, None], of_mean, None)
     share = 2 * z_loss * (largest + logsumexp) * token_weight
     of_picks = torch.stack([of_picked - share, share], 1)
     return StatsGradient(token_weight + share, of_picks, of_mean, None)
 
 
-def has_z_loss(z_loss: Tensor | float) -> bool:
-    """Return whether there is a z-loss; a tensor's value is not looked at."""
-    return isinstance(z_loss, Tensor) or z_loss != 0
-
-
 def picks(target: Tensor, z_loss: Tensor | float) -> Tensor:
     """Return what to pick for targets (N,), (N, 1), or with a z-loss (N, 2)."""
-    return target[:, None].expand(-1, 2 if has_z_loss(z_loss) else 1)
+    return target[:, None].expand(-1, 2 if _is_on(z_loss) else 1)
+
+
+def _is_on(option: Tensor | float) -> bool:
+    """Return whether there is a z-loss, or smoothing; a tensor's value is not looked at."""
+    return isinstance(option, Tensor) or option != 0

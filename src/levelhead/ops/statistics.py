@@ -83,9 +83,10 @@ class LogitStats(NamedTuple):
     def confidence(self) -> Tensor:
         """``max_v p_v``, the largest probability, at most 1, shape ``(...)``; float32 or float64.
 
-        NaN, as in torch, where all logits are -inf.
+        NaN, as in torch, where all logits are -inf. It has no gradient, because ``max`` has none: pick ``argmax`` and
+        take ``log_probs`` for one.
         """
-        return (-_nan_without_mass(self.relative_logsumexp)).exp()
+        return (-_nan_without_mass(self.relative_logsumexp.detach())).exp()
 
 
 # What torch.export saves it as: a NamedTuple has no name of its own there.

@@ -89,7 +89,7 @@ def linear_topk(
         raise ValueError(
             "linear_topk takes no DTensors; give plain tensors, as to_local() or full_tensor() make them"
         )
-    if not isinstance(k, int) or not 1 <= k <= len(linear_weight):
+    if type(k) is not int or not 1 <= k <= len(linear_weight):
         raise ValueError(f"k must be a whole number from 1 to V = {len(linear_weight)}, got {k!r}")
     tokens = input.shape[:-1]
     x = input.reshape(math.prod(tokens), input.shape[-1])

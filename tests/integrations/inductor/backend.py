@@ -11,7 +11,7 @@ import levelhead
 
 def pass_only(**options: Any) -> Any:
     """Return a backend for torch.compile, with the options of levelhead.inductor_options."""
-    (fuse,) = levelhead.inductor_options(**options).values()
+    fuse = levelhead.inductor_options(**options)["pre_grad_custom_pass"]
 
     def compile_(graph_module: GraphModule, inputs: list[Any]) -> Any:
         fuse(graph_module.graph)

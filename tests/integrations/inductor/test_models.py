@@ -323,7 +323,7 @@ def test_a_smoothing_that_is_no_number_is_refused(smoothing: Any) -> None:
         levelhead.inductor_options(smoothing)
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "lite"])
 def test_a_mode_goes_together_with_the_pass_as_options(mode: str) -> None:
     random = torch.Generator().manual_seed(0)
     h, weight = (torch.randn(n, 8, generator=random).requires_grad_() for n in (6, 37))

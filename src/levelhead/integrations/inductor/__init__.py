@@ -53,4 +53,7 @@ def inductor_options(
             raise ValueError(
                 f"smoothing must lie in [0, 1], got {smoothing}; a common choice is 0.1"
             )
-    return {"pre_grad_custom_pass": FuseLinearCrossEntropy(smoothing, drop_logits)}
+    return {
+        "use_pre_grad_passes": True,  # which mode "lite" leaves out
+        "pre_grad_custom_pass": FuseLinearCrossEntropy(smoothing, drop_logits),
+    }
