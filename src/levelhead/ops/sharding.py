@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from .checks import unwrapped
@@ -108,3 +109,11 @@ def _(*args: Any) -> list[Rule]:
 )
 def _(*args: Any) -> list[Rule]:
     return _rules("s" + _gradients(args[9]), "ththtt", args)
+
+
+# DTensor remembers what becomes of a call by its tensors, and by its arguments from the first integer on: here there is
+# none, and a call that asks for other gradients would get the results of the one before. It is told where the mask is.
+for _operator, _mask in ((_OPS.linear_logit_stats_backward, 13), (_OPS.linear_cross_entropy, 9)):
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_operator.default] = (
+        RuntimeSchemaInfo(_mask, needs_pytree=True)
+    )
