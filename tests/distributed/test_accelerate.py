@@ -1,11 +1,10 @@
 """`levelhead.integrations.accelerate.prepare` under every kind of parallelism, in either order."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import outcome, ranks
 from tests.distributed.problem import (
     assert_same_run,
     batches,
@@ -17,18 +16,19 @@ from tests.distributed.problem import (
 
 pytest.importorskip("accelerate")
 
-from tests.distributed.accelerate_worker import DEEPSPEED, EXACT, MIXED, RESUMED, SCENARIOS
+from tests.distributed import accelerate_worker
+from tests.distributed.accelerate_worker import DEEPSPEED, EXACT, MIXED, RESUMED
 
 # One launch for all of them.
 pytestmark = pytest.mark.slow
-WORKER = Path(__file__).with_name("accelerate_worker.py")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     env = {"CHECKPOINTS": str(folder), "ACCELERATE_USE_CPU": "true"}
-    return launch(WORKER, *SCENARIOS, env=env)
+    with ranks(accelerate_worker, env=env) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,8 @@ def deepspeed_results():
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-    return launch(WORKER, *DEEPSPEED, env=env)
+    with ranks(accelerate_worker, env=env) as started:
+        yield started
 
 
 @pytest.mark.parametrize("scenario", [*EXACT, *RESUMED])

@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tests.distributed import data_parallel_worker as worker
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import outcome, ranks
 from tests.problems import assert_equal, gradients
 
 # One launch.
@@ -19,7 +18,8 @@ OF_TOKENS, PARTIAL, EVERYWHERE = "(Shard(dim=0),)", "(Partial(sum),)", "(Replica
 
 @pytest.fixture(scope="module")
 def results():
-    return launch(Path(worker.__file__), *worker.SCENARIOS)
+    with ranks(worker) as started:
+        yield started
 
 
 @pytest.mark.parametrize("name", worker.LOSSES)

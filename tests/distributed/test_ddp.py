@@ -1,11 +1,10 @@
 """Under DistributedDataParallel the ranks together take the steps of one process."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from tests.distributed import ddp_worker
 from tests.distributed.ddp_worker import SCENARIOS
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import outcome, ranks
 from tests.distributed.problem import assert_same_run, one_process
 
 # One launch for all of them.
@@ -19,9 +18,9 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    worker = Path(__file__).with_name("ddp_worker.py")
     folder = tmp_path_factory.mktemp("checkpoints")
-    return launch(worker, *SCENARIOS, env={"CHECKPOINTS": str(folder)})
+    with ranks(ddp_worker, env={"CHECKPOINTS": str(folder)}) as started:
+        yield started
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -1,11 +1,10 @@
 """Under FSDP1 and FSDP2 the ranks together take the steps of one process."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from tests.distributed import fsdp_worker
 from tests.distributed.fsdp_worker import ONE_LAYER, SCENARIOS, TIED
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import outcome, ranks
 from tests.distributed.problem import assert_same_run, batches, largest_error, one_process, tiny
 
 # One launch for all of them.
@@ -16,9 +15,9 @@ EXACT = [name for name in SCENARIOS if name not in (*MIXED, "FSDP2, evaluated")]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    worker = Path(__file__).with_name("fsdp_worker.py")
     folder = tmp_path_factory.mktemp("checkpoints")
-    return launch(worker, *SCENARIOS, env={"CHECKPOINTS": str(folder)})
+    with ranks(fsdp_worker, env={"CHECKPOINTS": str(folder)}) as started:
+        yield started
 
 
 @pytest.mark.parametrize("scenario", EXACT)

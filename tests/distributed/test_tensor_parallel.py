@@ -2,13 +2,12 @@
 
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from packaging.version import Version
 from tests.distributed import tensor_parallel_worker as worker
-from tests.distributed.launch import ROOT, launch, outcome, run
+from tests.distributed.launch import ROOT, outcome, ranks, run
 from tests.distributed.problem import assert_same_run, batches, one_process
 from tests.integrations.tiny_models import dense_loss, tiny, transformers
 
@@ -30,12 +29,14 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(models):
-    return launch(Path(worker.__file__), *ON_TWO, env={"MODELS": str(models)})
+    with ranks(worker, env={"MODELS": str(models)}) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def four(models):
-    return launch(Path(worker.__file__), *ON_FOUR, processes=4, env={"MODELS": str(models)})
+    with ranks(worker, processes=4, env={"MODELS": str(models)}) as started:
+        yield started
 
 
 @functools.cache
