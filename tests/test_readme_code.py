@@ -76,7 +76,7 @@ def test_commands_run(block: str, folder: Path) -> None:
             assert "does not provide the extra" not in said
         elif command.startswith("make"):
             # With this environment instead of a new one.
-            run(f"{command} --file {ROOT}/Makefile --assume-old .venv/ready BIN={BIN}", folder)
+            run(f"{command} --file {ROOT}/Makefile --assume-old .venv/demo BIN={BIN}", folder)
         else:
             # As many processes as cores here, not as GPUs in the configuration.
             run(command.replace("accelerate launch", "accelerate launch --num_processes 2"), folder)

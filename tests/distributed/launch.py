@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,6 +52,11 @@ ROOT = Path(__file__).parents[2]
 # rank takes longer than the other to compile, on a busy machine.
 TIMEOUT = datetime.timedelta(seconds=120)
 _RESULTS = "LEVELHEAD_TEST_RESULTS"
+
+
+def cases(names: Iterable[str], *quick: str) -> list[Any]:
+    """Scenarios to parametrise a test with: all but the quick ones are left to `make test-all`."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
 
 
 class Ranks:

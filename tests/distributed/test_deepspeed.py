@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.distributed.launch import outcome, ranks, run
+from tests.distributed.launch import cases, outcome, ranks, run
 
 # Not importorskip: the import takes seconds, and only the workers need it.
 MISSING = [name for name in ("deepspeed", "peft") if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}"),
-    pytest.mark.slow,  # a launch takes more than ten seconds
-]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
 WORKER = "tests.distributed.deepspeed_worker"  # by name: the import of DeepSpeed takes seconds
 STAGES = range(4)
 RUNS = [f"{what}ZeRO-{stage}" for what in ("", "tied, ", "accumulation, ") for stage in STAGES]
@@ -66,7 +63,7 @@ def assert_as_near_as_without_the_patch(runs, eps):
     assert distance(patched["losses"], want["losses"]) <= 2 * far + 4 * eps
 
 
-@pytest.mark.parametrize("scenario", RUNS)
+@pytest.mark.parametrize("scenario", cases(RUNS, "ZeRO-3"))
 def test_three_steps_equal_those_of_one_process_as_nearly_as_without_the_patch(engines, scenario):
     if scenario.startswith("fp16") and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         pytest.skip("DeepSpeed refuses fp16 on a processor without instructions for it")
@@ -75,6 +72,7 @@ def test_three_steps_equal_those_of_one_process_as_nearly_as_without_the_patch(e
         assert_as_near_as_without_the_patch(runs, torch.finfo(precision).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_resumes_to_the_same_continuation_bit_by_bit(engines, stage):
     through = outcome(engines, f"ZeRO-{stage}")
@@ -84,6 +82,7 @@ def test_a_checkpoint_resumes_to_the_same_continuation_bit_by_bit(engines, stage
             assert distance(steps["losses"], whole["patched"]["losses"]) == 0
 
 
+@pytest.mark.slow
 def test_evaluation_under_zero_3_gives_the_unpatched_loss_and_logits(engines):
     for outputs in outcome(engines, "evaluation"):
         want = outputs["one process"]
@@ -93,6 +92,7 @@ def test_evaluation_under_zero_3_gives_the_unpatched_loss_and_logits(engines):
             assert distance([outputs[name]["loss"]], [want["loss"]]) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", THROUGH_TRAINER)
 def test_trainer_with_a_deepspeed_config_takes_the_steps_of_one_process(trainers, scenario):
     for runs in outcome(trainers, scenario):
@@ -102,12 +102,14 @@ def test_trainer_with_a_deepspeed_config_takes_the_steps_of_one_process(trainers
         assert distance(runs["patched"]["losses"], want["losses"]) < 2e-6
 
 
+@pytest.mark.slow
 def test_trainer_resumes_a_deepspeed_checkpoint_to_the_same_end(trainers):
     for runs in outcome(trainers, "Trainer"):
         assert distance(runs["resumed"]["parameters"], runs["patched"]["parameters"]) == 0
         assert distance(runs["resumed"]["losses"], runs["patched"]["losses"]) == 0
 
 
+@pytest.mark.slow
 def test_a_head_split_by_tensor_parallelism_is_refused_before_and_after_the_patch(engines):
     for messages in outcome(engines, "tensor parallel"):
         assert messages["patched after"].startswith("ValueError: patch_model cannot serve Llama")
@@ -116,12 +118,14 @@ def test_a_head_split_by_tensor_parallelism_is_refused_before_and_after_the_patc
         assert "LinearLayer now: it was replaced or wrapped" in messages["patched before"]
 
 
+@pytest.mark.slow
 def test_a_compiled_engine_takes_the_steps_of_one_process(compiled):
     for runs in outcome(compiled, "compiled, ZeRO-3"):
         assert runs["compiled frames"] > 0
         assert_as_near_as_without_the_patch(runs, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.slow
 def test_the_example_trains_a_model_that_transformers_loads(tmp_path):
     job = run(
         Path(__file__).with_name("deepspeed_example.py"),

@@ -15,13 +15,11 @@ import levelhead
 from levelhead.ops import LogitStats, merge
 from levelhead.ops.vocab_parallel import rows_of_shards
 
-# One launch for two ranks, one for four.
-pytestmark = pytest.mark.slow
 # What is left in float64 after sums of a few hundred terms of order one.
 ROUNDING = 1e-12
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def size(request):
     return request.param
 
@@ -241,6 +239,7 @@ def test_autocast_narrows_the_input_and_leaves_the_gradients_wide(results):
             torch.testing.assert_close(found, want, rtol=0, atol=bound.item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2], indirect=True)
 def test_compiled_into_one_graph_for_any_number_of_tokens(results):
     for runs in outcome(results, "compiled"):
@@ -292,6 +291,7 @@ def test_every_refusal_is_tested():
     assert REFUSED.keys() == worker.REFUSALS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2], indirect=True)
 def test_where_looking_would_cost_a_synchronisation_other_targets_make_nan(results):
     assert all(loss.isnan() for loss in outcome(results, "compiled, other targets"))
