@@ -7,7 +7,7 @@ which one is next. So only what a test asks for is run, once:
     def start():
         torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
 
-    SCENARIOS = {"first": first, "second": second}  # functions without arguments
+    SCENARIOS = {"first": first, "second": second}  # functions, of strings if of anything
 
     # test_it.py, which `--dist loadfile` keeps on one worker: one start of the ranks
     @pytest.fixture(scope="module")
@@ -64,25 +64,25 @@ class Ranks:
 
     def __init__(self, connections: list[Connection], log: Path, timeout: float) -> None:
         self._connections, self._log, self._timeout = connections, log, timeout
-        self._returned: dict[str, list[Any]] = {}
+        self._returned: dict[tuple[str, ...], list[Any]] = {}
         self._failed = ""
 
-    def outcome(self, name: str) -> list[Any]:
+    def outcome(self, name: str, *args: str) -> list[Any]:
         """What each rank returns from a scenario, which runs once; if one raises, the test fails.
 
         It is the last one then: the ranks may have lost each other.
         """
-        if name not in self._returned and not self._failed:
-            self._run(name)
-        if name not in self._returned:
+        if (name, *args) not in self._returned and not self._failed:
+            self._run(name, *args)
+        if (name, *args) not in self._returned:
             pytest.fail(f"{name}: {self._failed}", pytrace=False)
-        return self._returned[name]
+        return self._returned[name, *args]
 
-    def _run(self, name: str) -> None:
+    def _run(self, name: str, *args: str) -> None:
         self._failed = f"the earlier scenario {name} failed"
         end = time.monotonic() + self._timeout
         for connection in self._connections:
-            connection.send(name)
+            connection.send((name, args))
         values = []
         for rank, connection in enumerate(self._connections):
             if not connection.poll(max(0, end - time.monotonic())):
@@ -98,7 +98,7 @@ class Ranks:
                 why = f"{status}\n{value}"
             pytest.fail(f"{name}, rank {rank}: {why}\n{_read(self._log)}", pytrace=False)
         self._failed = ""
-        self._returned[name] = values
+        self._returned[name, *args] = values
 
 
 @contextlib.contextmanager
@@ -154,9 +154,9 @@ def ranks(
                 process.kill()
 
 
-def outcome(started: Ranks, name: str) -> list[Any]:
+def outcome(started: Ranks, name: str, *args: str) -> list[Any]:
     """What each rank returned from scenario `name`; a scenario that raised fails the test."""
-    return started.outcome(name)
+    return started.outcome(name, *args)
 
 
 def _serve(worker: str, connection: Connection, environment: dict[str, str], log: Path) -> None:
@@ -175,12 +175,12 @@ def _serve(worker: str, connection: Connection, environment: dict[str, str], log
     module = None
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            name = connection.recv()
+            name, args = connection.recv()
             try:
                 if module is None:
                     module = importlib.import_module(worker)
                     module.start()
-                answer = ("returned", module.SCENARIOS[name]())
+                answer = ("returned", module.SCENARIOS[name](*args))
             except Exception:
                 answer = ("raised", traceback.format_exc())
             content = io.BytesIO()
