@@ -1,9 +1,10 @@
 # make demo | test | test-all | check | aot | bench: each works on a fresh clone and keeps its environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# As many test workers as cores, of one thread each, or they fight.
+# As many test workers as cores, of one thread each, or they fight. A worker that is done takes half of what another has
+# left: tests of a file stay together, with what they share, but at such a cut.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 
 .PHONY: demo test test-all check aot bench gpu tune has-gpu clean
 

@@ -9,7 +9,7 @@ which one is next. So only what a test asks for is run, once:
 
     SCENARIOS = {"first": first, "second": second}  # functions, of strings if of anything
 
-    # test_it.py, which `--dist loadfile` keeps on one worker: one start of the ranks
+    # test_it.py: one start of the ranks, for as many of its tests as a worker runs
     @pytest.fixture(scope="module")
     def results():
         with ranks(worker) as started:
