@@ -1,16 +1,22 @@
-# make demo | test | check | aot | bench: each works on a fresh clone and keeps its environment in .venv.
+# make demo | test | test-all | check | aot | bench: each works on a fresh clone and keeps its environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# As many test workers as cores, of one thread each, or they fight.
+# As many test workers as cores, of one thread each, or they fight. A worker that is done takes half of what another has
+# left: tests of a file stay together, with what they share, but at such a cut.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 
-.PHONY: demo test check aot bench gpu tune has-gpu clean
+.PHONY: demo test test-all check aot bench gpu tune has-gpu clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/levelhead demo
 
+# What guards correctness, in minutes; then also what takes long.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -44,12 +50,22 @@ has-gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --check
 
 # torch goes first and alone: a machine whose pip offers a CPU build keeps it, because nothing later asks for another.
-.venv/ready: pyproject.toml constraints.txt
+# What [demo] asks for is named, so that triton stays out: a gigabyte that a CPU has no use for. Of all that is installed
+# the demo imports little, so that is compiled as it goes; tests start many processes, and it is compiled for them.
+PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
+.venv/demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Levelhead needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --group bench --editable '.[demo,sft,report,trl,deepspeed]'
+	$(PIP) torch
+	$(PIP) matplotlib rich transformers
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/ready: .venv/demo
+	$(PIP) --upgrade pip
+	$(PIP) --group test --group bench --editable '.[demo,sft,report,trl,deepspeed]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # some packages hold files for other versions of Python
 	@touch $@
 
 clean:

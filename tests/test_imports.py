@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import levelhead
 
 PACKAGE = Path(levelhead.__file__).parent
@@ -20,11 +22,21 @@ MAY_IMPORT = {
 }
 
 
-def test_import_of_the_package_takes_torch_alone() -> None:
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    """The modules that are there after the import of the package."""
     code = "import sys, levelhead; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in run.stdout.split()}
-    assert loaded.isdisjoint(HEAVY), loaded.intersection(HEAVY)
+    return set(run.stdout.split())
+
+
+def test_import_of_the_package_takes_torch_alone(loaded: set[str]) -> None:
+    packages = {name.partition(".")[0] for name in loaded}
+    assert packages.isdisjoint(HEAVY), packages.intersection(HEAVY)
+
+
+def test_the_package_loads_no_dtensor_until_there_is_one(loaded: set[str]) -> None:
+    assert "torch.distributed.tensor" not in loaded
 
 
 def _imported_layers(path: Path) -> set[str]:

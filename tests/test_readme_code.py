@@ -19,12 +19,19 @@ BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text()
 
 
+# Blocks of nothing but these are run by `make test`; those of minutes, or of several models, are not.
+QUICK = ("$ pip install", "$ levelhead temperature")
+
+
 def blocks(language: str) -> list[Any]:
     """The blocks of a language on all pages, named by page and first line."""
     found = []
     for path in render.PAGES:
         for block in re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL):
-            found.append(pytest.param(block, id=f"{path.stem}: {block.splitlines()[0]}"))
+            commands = [line for line in block.splitlines() if line.startswith("$ ")]
+            slow = not all(line.startswith(QUICK) for line in commands)
+            name = f"{path.stem}: {block.splitlines()[0]}"
+            found.append(pytest.param(block, id=name, marks=[pytest.mark.slow] * slow))
     return found
 
 
@@ -62,7 +69,6 @@ def run(command: str, folder: Path) -> str:
     return ran.stdout + ran.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("console"))
 def test_commands_run(block: str, folder: Path) -> None:
     commands = [line[2:] for line in block.splitlines() if line.startswith("$ ")]
@@ -76,7 +82,7 @@ def test_commands_run(block: str, folder: Path) -> None:
             assert "does not provide the extra" not in said
         elif command.startswith("make"):
             # With this environment instead of a new one.
-            run(f"{command} --file {ROOT}/Makefile --assume-old .venv/ready BIN={BIN}", folder)
+            run(f"{command} --file {ROOT}/Makefile --assume-old .venv/demo BIN={BIN}", folder)
         else:
             # As many processes as cores here, not as GPUs in the configuration.
             run(command.replace("accelerate launch", "accelerate launch --num_processes 2"), folder)

@@ -1,5 +1,6 @@
 """The command itself: what works without any extra, what it says, and its exit codes."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -84,48 +85,70 @@ def test_of_several_processes_one_prints(monkeypatch, capsys):
     assert capsys.readouterr().err == "levelhead demo: error: no\n"
 
 
-@pytest.mark.parametrize(
-    ("verb", "package", "extra"),
-    [
-        (["demo"], "rich", "demo"),
-        (["demo"], "matplotlib", "demo"),
-        (["demo"], "transformers", "demo"),
-        (["sft", "tiny", "d.jsonl", "--output", "o"], "datasets", "sft"),
-        (["report", "a.csv", "--json"], "pyarrow", "report"),
-        (["report", "a.csv"], "matplotlib", "report"),
-        (["doctor"], "rich", "cli"),
-    ],
-)
-def test_a_missing_extra_says_how_to_install_it(verb, package, extra):
-    code = f"""
-        import sys
-        sys.modules[{package!r}] = None  # importing it now fails as if it were not installed
-        from levelhead.cli import main
-        sys.exit(main({verb!r}))
-    """
+# Each run is a fork of a process that has imported the command, and none of the packages.
+_RUNS = """
+    import contextlib, io, json, os, sys
+    from levelhead.cli import main
+    for packages, arguments in json.loads(sys.argv[1]):
+        if os.fork() == 0:
+            for package in packages:  # importing it now fails as if it were not installed
+                sys.modules[package] = None
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    try:
+                        code = main(arguments)
+                    except SystemExit as exit_:
+                        code = exit_.code
+            print(json.dumps([code, said.getvalue()]), flush=True)
+            os._exit(0)
+        os.wait()
+"""
+EXTRAS = [
+    (["demo"], "rich", "demo"),
+    (["demo"], "matplotlib", "demo"),
+    (["demo"], "transformers", "demo"),
+    (["sft", "tiny", "d.jsonl", "--output", "o"], "datasets", "sft"),
+    (["report", "a.csv", "--json"], "pyarrow", "report"),
+    (["report", "a.csv"], "matplotlib", "report"),
+    (["doctor"], "rich", "cli"),
+]
+HELP = [
+    ["--version"],
+    ["--help"],
+    *([verb, "--help"] for verb in ("demo", "sft", "doctor", "report")),
+]
+ALL_EXTRAS = ["rich", "matplotlib", "transformers", "datasets", "peft", "pyarrow"]
+OTHERS = ["transformers", "accelerate", "peft", "datasets", "matplotlib"]
+
+
+@pytest.fixture(scope="module")
+def without():
+    """Exit code and stderr of commands, by the words of them and the packages that they are without."""
+    runs = [([package], verb) for verb, package, _ in EXTRAS]
+    runs += [(ALL_EXTRAS, arguments) for arguments in HELP] + [(OTHERS, ["doctor"])]
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(_RUNS), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.returncode == 2
-    assert done.stderr == (
+    said = map(json.loads, done.stdout.splitlines())
+    return {(*verb, *packages): found for (packages, verb), found in zip(runs, said, strict=True)}
+
+
+@pytest.mark.parametrize(("verb", "package", "extra"), EXTRAS)
+def test_a_missing_extra_says_how_to_install_it(without, verb, package, extra):
+    assert without[*verb, package] == [
+        2,
         f"levelhead {verb[0]}: error: this needs {package}, which is not installed; "
-        f"run: pip install 'levelhead[{extra}]'\n"
-    )
+        f"run: pip install 'levelhead[{extra}]'\n",
+    ]
 
 
-def test_help_and_version_import_no_extra():
-    code = """
-        import sys
-        for package in ("rich", "matplotlib", "transformers", "datasets", "peft", "pyarrow"):
-            sys.modules[package] = None
-        from levelhead.cli import main
-        for arguments in (
-            ["--version"], ["--help"], ["demo", "--help"], ["sft", "--help"], ["doctor", "--help"],
-            ["report", "--help"],
-        ):
-            try:
-                main(arguments)
-            except SystemExit as exit_:
-                assert exit_.code == 0
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=True)
+@pytest.mark.parametrize("arguments", HELP)
+def test_help_and_version_import_no_extra(without, arguments):
+    assert without[*arguments, *ALL_EXTRAS] == [0, ""]
+
+
+def test_doctor_needs_nothing_but_rich(without):
+    assert without["doctor", *OTHERS] == [0, ""]

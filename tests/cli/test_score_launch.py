@@ -10,15 +10,14 @@ pytest.importorskip("rich")
 
 from pyarrow import parquet
 from tests.cli.test_score import ROWS, score, write
-from tests.cli.test_sft_launch import launch
+from tests.cli.test_sft_launch import in_two_processes
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(tmp_path):
     data = write(tmp_path / "d.jsonl")
-    done = launch("score", "tiny", data, "-o", str(tmp_path / "two.parquet"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean confidence") == 1
+    codes, out, err = in_two_processes("score", "tiny", data, "-o", str(tmp_path / "two.parquet"))
+    assert codes == (0, 0), err
+    assert out.count("mean confidence") == 1
     assert score(data, "-o", tmp_path / "one.parquet") == 0
     two, one = (parquet.read_table(tmp_path / name) for name in ("two.parquet", "one.parquet"))
     assert two.schema.equals(one.schema, check_metadata=True)

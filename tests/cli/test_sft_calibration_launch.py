@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tests.cli.test_sft_calibration import run, write_questions
-from tests.cli.test_sft_launch import launch
+from tests.cli.test_sft_launch import in_two_processes
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -14,7 +14,6 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 
-@pytest.mark.slow
 def test_two_processes_train_the_model_of_one_with_twice_the_batch(tmp_path):
     data = write_questions(tmp_path / "questions.jsonl", n=13)  # ranks see one of them twice
     options = [
@@ -29,8 +28,8 @@ def test_two_processes_train_the_model_of_one_with_twice_the_batch(tmp_path):
     ]
     two, one = tmp_path / "two", tmp_path / "one"
     arguments = ["--learning-rate", "1e-2", "--batch-size", "2", "--output", str(two)]
-    done = launch("sft", "tiny", data, *arguments, *options)
-    assert done.returncode == 0, done.stderr
+    codes, _, err = in_two_processes("sft", "tiny", data, *arguments, *options)
+    assert codes == (0, 0), err
     assert run(data, one, *options) == 0
 
     found = [

@@ -13,11 +13,19 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
 from safetensors.torch import load_file
+from tests.distributed.launch import outcome, ranks
 
 from levelhead.cli import main
 
 ROWS = [{"prompt": f"box {i}:", "completion": f" {'plum' * (1 + i % 3)}"} for i in range(16)]
 OPTIONS = ["--max-steps", "4", "--save-steps", "2", "--learning-rate", "1e-3", "--output"]
+
+
+def in_two_processes(*arguments):
+    """Exit codes of the command in two ranks, and what both of them said."""
+    with ranks("tests.cli.command_worker", env={"ACCELERATE_USE_CPU": "true"}) as started:
+        codes, out, err = zip(*outcome(started, "command", *arguments), strict=True)
+    return codes, "".join(out), "".join(err)
 
 
 def launch(*arguments):
@@ -57,12 +65,11 @@ def test_two_processes_train_the_model_of_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_two_processes_report_bad_data_once(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
-    done = launch("sft", "tiny", str(data), "--output", str(tmp_path / "run"))
-    assert done.returncode != 0
-    assert done.stderr.count("levelhead sft: error: ") == 1
-    assert done.stderr.count('line 1: neither "messages" nor "prompt" and "completion"') == 1
+    codes, _, err = in_two_processes("sft", "tiny", str(data), "--output", str(tmp_path / "run"))
+    assert codes == (2, 2)
+    assert err.count("levelhead sft: error: ") == 1
+    assert err.count('line 1: neither "messages" nor "prompt" and "completion"') == 1
     assert not (tmp_path / "run").exists()

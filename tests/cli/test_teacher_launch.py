@@ -10,20 +10,19 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
 from safetensors.torch import load_file
-from tests.cli.test_sft_launch import OPTIONS, ROWS, launch
+from tests.cli.test_sft_launch import OPTIONS, ROWS, in_two_processes
 
 from levelhead.cli import main
 
 
-@pytest.mark.slow
 def test_two_processes_distil_the_student_of_one_with_twice_the_batch(tmp_path):
     data, store = tmp_path / "data.jsonl", str(tmp_path / "store")
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert main(["teacher", "tiny", str(data), "-o", store]) == 0
     # Another seed than the teacher's weights, or its gradients would be nothing but rounding.
     run = ["sft", "tiny", str(data), "--teacher", store, "--seed", "1", *OPTIONS]
-    done = launch(*run, str(tmp_path / "two"), "--batch-size", "2")
-    assert done.returncode == 0, done.stderr
+    codes, _, err = in_two_processes(*run, str(tmp_path / "two"), "--batch-size", "2")
+    assert codes == (0, 0), err
     assert main([*run, str(tmp_path / "one"), "--batch-size", "4"]) == 0
     got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, value in want.items():

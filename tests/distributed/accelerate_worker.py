@@ -4,7 +4,6 @@ Accelerate takes FSDP only on GPUs and the like. Told otherwise after its start,
 """
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from accelerate import (
 )
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import TorchDynamoPlugin
-from tests.distributed.launch import run_scenarios
 from tests.distributed.problem import (
     ROWS,
     Batch,
@@ -31,6 +29,7 @@ from tests.distributed.problem import (
     smoothed_from_logits,
     tiny,
     valid_tokens,
+    without_shared_memory,
 )
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -154,6 +153,7 @@ def zero(stage: int, ready: Prepare) -> Run:
     """With DeepSpeed, in float32."""
     import deepspeed
 
+    without_shared_memory(deepspeed)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     config = {
@@ -226,18 +226,14 @@ DEEPSPEED = {
     "ZeRO-3": lambda: zero(3, patched_first),
     "ZeRO-3, prepared first": lambda: zero(3, prepared_first),
 }
-SCENARIOS = (
-    EXACT
-    | RESUMED
-    | MIXED
-    | {
-        "exported": lambda: exported(fsdp=True),
-        "unwrapped": unwrapped,
-        "refused": refused,
-    }
-)
+OTHERS = {
+    "exported": lambda: exported(fsdp=True),
+    "unwrapped": unwrapped,
+    "refused": refused,
+}
+SCENARIOS = EXACT | RESUMED | MIXED | OTHERS | DEEPSPEED
 
-if __name__ == "__main__":
-    if sys.argv[1] not in DEEPSPEED:
+
+def start() -> None:
+    if "ACCELERATE_USE_DEEPSPEED" not in os.environ:
         Accelerator()  # starts the process group, which all of them share
-    run_scenarios(SCENARIOS | DEEPSPEED)

@@ -4,7 +4,8 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-from tests.distributed.launch import TIMEOUT, run_scenarios
+from tests.distributed.launch import TIMEOUT
+from tests.distributed.problem import without_shared_memory
 from tests.integrations.test_calibration_callback import NAMES, data, evaluated, metrics, sure
 
 from levelhead.integrations import patch_model
@@ -56,6 +57,7 @@ def fsdp2():
 def zero3():
     import deepspeed
 
+    without_shared_memory(deepspeed)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     model = patch_model(sure(), eval_logits=False)
     watch = TokenCalibration(model, 10)
@@ -72,7 +74,8 @@ def zero3():
     return merged(watch, engine)
 
 
-if __name__ == "__main__":
+SCENARIOS = {f.__name__: f for f in (ddp, ddp_with_labels_on_one_rank, fsdp2, zero3)}
+
+
+def start():
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    scenarios = (ddp, ddp_with_labels_on_one_rank, fsdp2, zero3)
-    run_scenarios({scenario.__name__: scenario for scenario in scenarios})

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.distributed.launch import TIMEOUT, run_scenarios
+from tests.distributed.launch import TIMEOUT
 from tests.distributed.vocab_parallel_worker import LOSSES as OF_VOCAB_PARALLEL
 from tests.distributed.vocab_parallel_worker import V, full, mesh, problem, statistics_problem
 from tests.problems import Problem
@@ -316,6 +316,6 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "refusals": refusals,
 }
 
-if __name__ == "__main__":
+
+def start() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    run_scenarios(SCENARIOS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tests.distributed.launch import TIMEOUT, run_scenarios
+from tests.distributed.launch import TIMEOUT
 from tests.distributed.problem import (
     RANKS,
     Batch,
@@ -150,6 +150,6 @@ SCENARIOS = {
     "resumed": resumed,
 }
 
-if __name__ == "__main__":
+
+def start() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    run_scenarios(SCENARIOS)

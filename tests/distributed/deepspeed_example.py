@@ -6,9 +6,9 @@ import sys
 
 import deepspeed
 from tests.distributed.launch import ROOT, report
+from tests.distributed.problem import without_shared_memory
 
-# DeepSpeed would compile shared-memory collectives for half a minute; gloo has the same.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+without_shared_memory(deepspeed)
 losses = runpy.run_path(str(ROOT / "examples/deepspeed/train.py"))["main"]()
 report(losses)
 sys.stdout.flush()

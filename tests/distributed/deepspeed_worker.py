@@ -14,7 +14,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from deepspeed.utils import safe_get_full_fp32_param
 from tests.distributed import problem
-from tests.distributed.launch import ROOT, TIMEOUT, run_scenarios
+from tests.distributed.launch import ROOT, TIMEOUT
 from tests.distributed.problem import (
     RANKS,
     ROWS,
@@ -26,6 +26,7 @@ from tests.distributed.problem import (
     part,
     tiny,
     valid_tokens,
+    without_shared_memory,
 )
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -379,8 +380,7 @@ for n in STAGES:
         f"resumed, ZeRO-{n}": lambda n=n: resumed(n),
     }
 
-if __name__ == "__main__":
-    # DeepSpeed would compile shared-memory collectives for half a minute; gloo has the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+def start() -> None:
+    without_shared_memory(deepspeed)
     deepspeed.init_distributed(dist_backend="gloo", timeout=TIMEOUT)
-    run_scenarios(SCENARIOS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.distributed.launch import TIMEOUT, run_scenarios
+from tests.distributed.launch import TIMEOUT
 from tests.distributed.problem import (
     RANKS,
     Batch,
@@ -203,6 +203,6 @@ SCENARIOS = {
     "FSDP2, bfloat16 outputs": lambda: mixed(lambda model: mixed2(model, BF16)),
 }
 
-if __name__ == "__main__":
+
+def start() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    run_scenarios(SCENARIOS)

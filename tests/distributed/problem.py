@@ -78,6 +78,11 @@ def smoothed_from_logits(model: Any) -> Any:
     return model
 
 
+def without_shared_memory(deepspeed: Any) -> None:
+    """Have DeepSpeed leave gloo its collectives; it would compile some of its own for a minute."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def largest_error(got: Run, truth: Run) -> float:
     """The largest difference of a parameter after the last step."""
     wrong = [got["parameters"][name] - value for name, value in truth["parameters"].items()]

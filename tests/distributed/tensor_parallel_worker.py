@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.distributed.launch import TIMEOUT, run_scenarios
+from tests.distributed.launch import TIMEOUT
 from tests.distributed.problem import Batch, Run, batches, optimizer, part, train, valid_tokens
 from tests.integrations.tiny_models import tiny, transformers
 from torch import Tensor, nn
@@ -194,6 +194,6 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     **{name: scenario for name, (_, scenario) in STEPS.items()},
 }
 
-if __name__ == "__main__":
+
+def start() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    run_scenarios(SCENARIOS)

@@ -1,17 +1,11 @@
 """Tokens shared by two ranks as DTensors give what one process gives; a mixture with plain tensors is refused."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tests.distributed import data_parallel_worker as worker
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import outcome, ranks
 from tests.problems import assert_equal, gradients
 
-# One launch.
-pytestmark = pytest.mark.slow
 # What is left in float64 after sums of a few hundred terms of order one.
 ROUNDING = 1e-12
 OF_TOKENS, PARTIAL, EVERYWHERE = "(Shard(dim=0),)", "(Partial(sum),)", "(Replicate(),)"
@@ -19,7 +13,8 @@ OF_TOKENS, PARTIAL, EVERYWHERE = "(Shard(dim=0),)", "(Partial(sum),)", "(Replica
 
 @pytest.fixture(scope="module")
 def results():
-    return launch(Path(worker.__file__), *worker.SCENARIOS)
+    with ranks(worker) as started:
+        yield started
 
 
 @pytest.mark.parametrize("name", worker.LOSSES)
@@ -144,12 +139,6 @@ def test_narrow_gradients_are_those_of_one_process_but_for_a_rounding(results, d
 def test_double_backward_says_that_it_is_not_implemented(results):
     for message in outcome(results, "double backward"):
         assert "does not implement double backward" in message
-
-
-def test_the_package_loads_no_dtensor_until_there_is_one():
-    code = "import sys, levelhead; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "torch.distributed.tensor" not in run.stdout.split()
 
 
 REFUSED = {

@@ -1,15 +1,12 @@
 """Under DistributedDataParallel the ranks together take the steps of one process."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from tests.distributed import ddp_worker
 from tests.distributed.ddp_worker import SCENARIOS
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import cases, outcome, ranks
 from tests.distributed.problem import assert_same_run, one_process
 
-# One launch for all of them.
-pytestmark = pytest.mark.slow
 OPTIONS = {
     "tied": {"tie_word_embeddings": True},
     "compiled": {"intermediate_size": 3000},
@@ -19,12 +16,12 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    worker = Path(__file__).with_name("ddp_worker.py")
     folder = tmp_path_factory.mktemp("checkpoints")
-    return launch(worker, *SCENARIOS, env={"CHECKPOINTS": str(folder)})
+    with ranks(ddp_worker, env={"CHECKPOINTS": str(folder)}) as started:
+        yield started
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", cases(SCENARIOS, "wrapped"))
 def test_three_steps_equal_those_of_one_process(results, scenario):
     want = one_process(**OPTIONS.get(scenario, {}))
     # float32: losses of 4, and parameters below 1 after steps of 0.3 times gradients of 0.1

@@ -2,18 +2,15 @@
 
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from packaging.version import Version
 from tests.distributed import tensor_parallel_worker as worker
-from tests.distributed.launch import ROOT, launch, outcome, run
+from tests.distributed.launch import ROOT, cases, outcome, ranks, run
 from tests.distributed.problem import assert_same_run, batches, one_process
 from tests.integrations.tiny_models import dense_loss, tiny, transformers
 
-# One launch for two ranks, one for four.
-pytestmark = pytest.mark.slow
 # Before, transformers gathered the output of a head only where all its parts are of one size.
 UNEVEN = Version(transformers.__version__) >= Version("5.23")
 ON_TWO = [name for name in worker.SCENARIOS if name != "with FSDP" and (UNEVEN or name != "uneven")]
@@ -30,12 +27,14 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(models):
-    return launch(Path(worker.__file__), *ON_TWO, env={"MODELS": str(models)})
+    with ranks(worker, env={"MODELS": str(models)}) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def four(models):
-    return launch(Path(worker.__file__), *ON_FOUR, processes=4, env={"MODELS": str(models)})
+    with ranks(worker, processes=4, env={"MODELS": str(models)}) as started:
+        yield started
 
 
 @functools.cache
@@ -44,18 +43,22 @@ def truth(name):
     return one_process(family=family, **options)
 
 
-@pytest.mark.parametrize("scenario", [name for name in ON_TWO if name in worker.STEPS])
+@pytest.mark.parametrize(
+    "scenario", cases([name for name in ON_TWO if name in worker.STEPS], "gemma2")
+)
 def test_three_steps_of_two_ranks_equal_those_of_one_process(two, scenario):
     for trained in outcome(two, scenario):
         assert_same_run(trained, truth(worker.STEPS[scenario][0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ON_FOUR)
 def test_three_steps_of_four_ranks_equal_those_of_one_process(four, scenario):
     for trained in outcome(four, scenario):
         assert_same_run(trained, truth(worker.STEPS[scenario][0]))
 
 
+@pytest.mark.slow
 def test_evaluation_generation_and_the_unpatched_model_are_what_they_were(two):
     family, options = worker.MODELS["gemma2"]
     model = tiny(family, **options)
@@ -71,6 +74,7 @@ def test_evaluation_generation_and_the_unpatched_model_are_what_they_were(two):
         assert result["attributes"]
 
 
+@pytest.mark.slow
 def test_a_patched_model_is_saved_whole(two):
     assert outcome(two, "saved") == [[], []]
 
@@ -80,6 +84,7 @@ def test_a_batch_for_every_rank_is_refused(two):
         assert "must work on the same batch" in message
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_saves_the_whole_model(tmp_path):
     job = run(ROOT / "examples" / "tensor_parallel.py", "--steps", "31", "--output", str(tmp_path))
     assert job.returncode == 0, job.output

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 
 import pytest
 import torch
 from tests.distributed import vocab_parallel_worker as worker
-from tests.distributed.launch import launch, outcome
+from tests.distributed.launch import outcome, ranks
 from tests.distributed.vocab_parallel_worker import V
 from tests.problems import assert_equal, gradients
 from torch import Tensor
@@ -16,22 +15,19 @@ import levelhead
 from levelhead.ops import LogitStats, merge
 from levelhead.ops.vocab_parallel import rows_of_shards
 
-# One launch for two ranks, one for four.
-pytestmark = pytest.mark.slow
 # What is left in float64 after sums of a few hundred terms of order one.
 ROUNDING = 1e-12
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def size(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def results(ranks):
-    skipped = worker.TWO_RANKS_ONLY if ranks == 4 else set()
-    names = [name for name in worker.SCENARIOS if name not in skipped]
-    return launch(Path(worker.__file__), *names, processes=ranks)
+def results(size):
+    with ranks(worker, processes=size) as started:
+        yield started
 
 
 def same_bits(values: list[Tensor]) -> Tensor:
@@ -60,7 +56,7 @@ def test_loss_and_gradients_equal_those_of_one_process(results, name):
 
 
 @pytest.mark.parametrize("v", [V, 64, 5, 1])
-def test_statistics_and_their_gradients_equal_those_of_one_process(results, ranks, v):
+def test_statistics_and_their_gradients_equal_those_of_one_process(results, size, v):
     runs = outcome(results, f"statistics of {v}")
     whole, picks, upstream = worker.statistics_problem(v)
     stats = worker.statistics_of(whole, picks)
@@ -75,9 +71,9 @@ def test_statistics_and_their_gradients_equal_those_of_one_process(results, rank
 
     parts = []
     first = 0
-    for size in rows_of_shards(v, ranks):
-        if size:
-            rows = slice(first, first + size)
+    for count in rows_of_shards(v, size):
+        if count:
+            rows = slice(first, first + count)
             part = levelhead.linear_logit_stats(
                 whole.input,
                 whole.linear_weight[rows],
@@ -86,8 +82,8 @@ def test_statistics_and_their_gradients_equal_those_of_one_process(results, rank
                 softcap=whole.softcap,
                 logit_scale=whole.logit_scale,
             )
-            parts.append((part._replace(argmax=part.argmax + first), size))
-        first += size
+            parts.append((part._replace(argmax=part.argmax + first), count))
+        first += count
     merged, _ = reduce(lambda a, b: (merge(a[0], a[1], *b), a[1] + b[1]), parts)
     assert_equal(LogitStats(*found), merged, ROUNDING)
 
@@ -243,7 +239,8 @@ def test_autocast_narrows_the_input_and_leaves_the_gradients_wide(results):
             torch.testing.assert_close(found, want, rtol=0, atol=bound.item())
 
 
-@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2], indirect=True)
 def test_compiled_into_one_graph_for_any_number_of_tokens(results):
     for runs in outcome(results, "compiled"):
         for tokens, run in zip((9, 7, 6), runs, strict=True):
@@ -294,7 +291,8 @@ def test_every_refusal_is_tested():
     assert REFUSED.keys() == worker.REFUSALS.keys()
 
 
-@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2], indirect=True)
 def test_where_looking_would_cost_a_synchronisation_other_targets_make_nan(results):
     assert all(loss.isnan() for loss in outcome(results, "compiled, other targets"))
 

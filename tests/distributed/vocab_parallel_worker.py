@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from tests.distributed.launch import TIMEOUT, run_scenarios
+from tests.distributed.launch import TIMEOUT
 from tests.problems import Problem, gradients
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -540,9 +540,6 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "double backward": double_backward,
 }
 
-# Not worth their time on four ranks too.
-TWO_RANKS_ONLY = {"compiled", "compiled, other targets"}
 
-if __name__ == "__main__":
+def start() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    run_scenarios(SCENARIOS)

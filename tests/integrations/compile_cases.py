@@ -20,6 +20,8 @@ import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
+from tests import forked
+from tests.forked import MODELS
 from tests.integrations.tiny_models import batch, dense_loss, tiny
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -30,7 +32,6 @@ from levelhead.ops import chunked
 
 FUNCTION, MODULE = "linear_cross_entropy", "LinearCrossEntropyLoss"
 FUNCTIONAL = (FUNCTION, MODULE)
-MODELS = ("llama", "gemma2", "mixtral", "gpt2")
 LLAMA = ("llama",)
 SMOOTHINGS = (0.1, 0.25, 0.0, 0.4)
 SOFTCAP = 5.0
@@ -125,10 +126,7 @@ def cold_counts(case: Case, cache: str, imports_too: bool = False) -> Counts:
     `cache` is a folder, empty to begin with. Only what the C++ compiler made is found there again: it takes most of
     inductor's time, and no graph is counted less for it.
     """
-    context = multiprocessing.get_context("spawn" if imports_too else "forkserver")
-    if not imports_too:
-        models = [f"transformers.models.{name}.modeling_{name}" for name in MODELS]
-        context.set_forkserver_preload([__name__, "torch._inductor.compile_fx", *models])
+    context = multiprocessing.get_context("spawn") if imports_too else forked.context()
     with ProcessPoolExecutor(1, context) as process:
         return process.submit(counts, case, cache).result()
 

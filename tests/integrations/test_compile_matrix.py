@@ -10,10 +10,15 @@ from tests.integrations.compile_cases import CASES, Case, Counts, cold_counts, e
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compile.json"
 
 
+QUICK = ("linear_cross_entropy", "llama")
+
+
 def _named(backend):
     return [
         pytest.param(
-            case, id=f"{case.what}, {case.mode}", marks=[pytest.mark.slow] * (backend == "inductor")
+            case,
+            id=f"{case.what}, {case.mode}",
+            marks=[pytest.mark.slow] * (backend == "inductor" or case.what not in QUICK),
         )
         for case in CASES
         if case.backend == backend
@@ -37,6 +42,7 @@ def test_by_inductor(case, cache):
     assert counts == expected(case, counts)
 
 
+@pytest.mark.slow
 def test_from_the_first_import(tmp_path):
     case = Case("llama", "training", "aot_eager")
     assert cold_counts(case, str(tmp_path), imports_too=True) == expected(case)

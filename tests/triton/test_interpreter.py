@@ -13,14 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "tests",
     [
         "tests/laws",
         "tests/triton/interpreted.py",
-        "tests/triton/test_gpu_values.py",
-        "tests/triton/test_gpu_edges.py",
+        pytest.param("tests/triton/test_gpu_values.py", marks=pytest.mark.slow),
+        pytest.param("tests/triton/test_gpu_edges.py", marks=pytest.mark.slow),
     ],
 )
 def test_in_the_interpreter(tests: str) -> None:

@@ -354,7 +354,13 @@ class HiddenNorms:
 
 
 def hidden_norms(norms: Tensor) -> HiddenNorms:
-    """Sums up the norms of hidden states, (...).
+    """Sums up the norms of hidden states.
+
+    Args:
+        norms: Of any shape (...), floating-point or integer, each at least 0.
+
+    Returns:
+        Count, mean, quantiles and maximum.
 
     Raises:
         TypeError: `norms` is no dense tensor that holds values.
