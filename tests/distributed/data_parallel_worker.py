@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.distributed.dtensors import full, refusals, scenarios, weights
 from tests.distributed.launch import TIMEOUT
 from tests.distributed.vocab_parallel_worker import LOSSES as OF_VOCAB_PARALLEL
-from tests.distributed.vocab_parallel_worker import V, full, mesh, problem, statistics_problem
+from tests.distributed.vocab_parallel_worker import V, mesh, problem, statistics_problem
 from tests.problems import Problem
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -129,61 +130,14 @@ def functional() -> dict[str, Any]:
     return {"loss": full(value), "gradients": [full(g) / 2 for g in found]}  # as `run` does
 
 
-# What needs a gradient.
-
-
-def frozen(*names: str) -> list[Tensor | None]:
-    whole = problem(label_smoothing=0.1)
-    part = shared(replace(whole, **{name: getattr(whole, name).detach() for name in names}))
-    part.fused().backward()
-    return [None if p.grad is None else full(p.grad) for p in part.parameters]
-
-
-def learned() -> list[Tensor]:
-    part, over = shared(problem()), mesh()
-    token_weight = of_tokens(torch.linspace(0.1, 2, 9).double().requires_grad_(), over)
-    smoothing = of_tokens(torch.full((9,), 0.2).double().requires_grad_(), over)
-    loss = part.fused(token_weight=token_weight, label_smoothing=smoothing)
-    return [full(g) for g in torch.autograd.grad(loss, [token_weight, smoothing])]
-
-
 def smoothing_tensor() -> dict[str, Any]:
     part = shared(problem())
     eps = of_tokens(torch.tensor(0.1, dtype=torch.float64), part.input.device_mesh, Replicate())
     return run(part, part.fused(label_smoothing=eps))
 
 
-def no_grad() -> Tensor:
-    with torch.no_grad():
-        return full(shared(problem(label_smoothing=0.1)).fused())
-
-
-def inference(reduction: str) -> Tensor:
-    part = shared(problem(label_smoothing=0.1, reduction=reduction))
-    with torch.inference_mode():
-        return full(part.fused())
-
-
-def accumulated() -> list[Tensor]:
-    part = shared(problem(label_smoothing=0.1))
-    loss = part.fused()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    return [full(p.grad) for p in part.parameters]
-
-
 def narrow(dtype: torch.dtype) -> dict[str, Any]:
     return run(shared(problem(label_smoothing=0.1).to(dtype)))
-
-
-def double_backward() -> str:
-    part = shared(problem())
-    (gradient,) = torch.autograd.grad(part.fused(), [part.input], create_graph=True)
-    try:
-        gradient.sum().backward()
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 # Statistics.
@@ -278,18 +232,6 @@ REFUSALS: dict[str, Callable[[Problem], Problem]] = {
 }
 
 
-def refusals() -> dict[str, str]:
-    messages = {}
-    for name, change in REFUSALS.items():
-        weight = torch.linspace(0.1, 2, 9).double()
-        part = change(shared(problem(token_weight=weight)))
-        try:
-            part.fused()
-        except ValueError as error:
-            messages[name] = str(error)
-    return messages
-
-
 SCENARIOS: dict[str, Callable[[], Any]] = {
     **{name: lambda make=make: run(shared(make())) for name, make in LOSSES.items()},
     **{
@@ -304,16 +246,9 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "functional": functional,
     "statistics": statistics,
     "operator": operator,
-    "frozen head": lambda: frozen("linear_weight", "linear_bias"),
-    "frozen input": lambda: frozen("input"),
-    "frozen bias": lambda: frozen("linear_bias"),
-    "learned": learned,
-    "no grad": no_grad,
-    **{f"inference, {name}": lambda name=name: inference(name) for name in ("mean", "none")},
-    "accumulated": accumulated,
     **{name: lambda name=name: narrow(getattr(torch, name)) for name in ("float16", "bfloat16")},
-    "double backward": double_backward,
-    "refusals": refusals,
+    "refusals": lambda: refusals(lambda: shared(problem(token_weight=weights())), REFUSALS),
+    **scenarios(problem, shared, lambda tensor: of_tokens(tensor, mesh())),
 }
 
 

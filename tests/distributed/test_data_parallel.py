@@ -80,49 +80,6 @@ def test_the_operator_shares_tokens_and_adds_up_late(results):
         assert layouts == [PARTIAL, *[OF_TOKENS] * 3, PARTIAL, EVERYWHERE]
 
 
-@pytest.mark.parametrize(
-    ("name", "needed"),
-    [("frozen head", [0]), ("frozen input", [1, 2]), ("frozen bias", [0, 1])],
-)
-def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(results, name, needed):
-    whole = worker.problem(label_smoothing=0.1)
-    truth = torch.autograd.grad(whole.dense(), whole.parameters)
-    for found in outcome(results, name):
-        for index, gradient in enumerate(found):
-            assert (gradient is not None) == (index in needed)
-            if gradient is not None:
-                assert_equal(gradient, truth[index], ROUNDING)
-
-
-def test_token_weight_and_smoothing_are_learned(results):
-    token_weight = torch.linspace(0.1, 2, 9).double().requires_grad_()
-    smoothing = torch.full((9,), 0.2).double().requires_grad_()
-    loss = worker.problem().fused(token_weight=token_weight, label_smoothing=smoothing)
-    truth = list(torch.autograd.grad(loss, [token_weight, smoothing]))
-    for found in outcome(results, "learned"):
-        assert_equal(found, truth, ROUNDING)
-
-
-def test_without_grad_there_is_the_same_loss(results):
-    for loss in outcome(results, "no grad"):
-        assert not loss.requires_grad
-        assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_in_inference_mode_there_is_the_same_loss(results, reduction):
-    truth = worker.problem(label_smoothing=0.1, reduction=reduction).dense()
-    for loss in outcome(results, f"inference, {reduction}"):
-        assert_equal(loss, truth, ROUNDING)
-
-
-def test_a_graph_is_used_twice_and_gradients_add_up(results):
-    whole = worker.problem(label_smoothing=0.1)
-    truth = [2 * g for g in torch.autograd.grad(whole.dense(), whole.parameters)]
-    for found in outcome(results, "accumulated"):
-        assert_equal(found, truth, ROUNDING)
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_gradients_are_those_of_one_process_but_for_a_rounding(results, dtype):
     whole = worker.problem(label_smoothing=0.1).to(getattr(torch, dtype))
@@ -134,11 +91,6 @@ def test_narrow_gradients_are_those_of_one_process_but_for_a_rounding(results, d
             # Each rank rounds its part of a sum, and their sum is rounded once more.
             bound = 2 * torch.finfo(want.dtype).eps * want.abs().max()
             torch.testing.assert_close(found, want, rtol=0, atol=bound.item())
-
-
-def test_double_backward_says_that_it_is_not_implemented(results):
-    for message in outcome(results, "double backward"):
-        assert "does not implement double backward" in message
 
 
 REFUSED = {
@@ -156,14 +108,3 @@ REFUSED = {
     "another mesh": "distribute them over one mesh",
     "uneven batch": "pad the batch, or flatten the tokens",
 }
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_refused_with_the_way_out(results, name):
-    messages = [messages.get(name, "") for messages in outcome(results, "refusals")]
-    assert REFUSED[name] in messages[0]
-    assert len(set(messages)) == 1
-
-
-def test_every_refusal_is_tested():
-    assert REFUSED.keys() == worker.REFUSALS.keys()

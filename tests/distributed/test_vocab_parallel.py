@@ -121,30 +121,6 @@ def test_rows_of_shards_are_those_of_torch_chunk(v, ranks, sizes):
     assert chunks == [size for size in sizes if size]
 
 
-@pytest.mark.parametrize(
-    ("name", "needed"),
-    [("frozen head", [0]), ("frozen input", [1, 2]), ("frozen bias", [0, 1])],
-)
-def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(results, name, needed):
-    whole = worker.problem(label_smoothing=0.1)
-    truth = torch.autograd.grad(whole.dense(), whole.parameters)
-    for found in outcome(results, name):
-        for index, gradient in enumerate(found):
-            assert (gradient is not None) == (index in needed)
-            if gradient is not None:
-                assert_equal(gradient, truth[index], ROUNDING)
-
-
-def test_token_weight_and_smoothing_are_learned(results):
-    whole = worker.problem()
-    token_weight = worker.weights().requires_grad_()
-    smoothing = torch.full((9,), 0.2, dtype=torch.float64).requires_grad_()
-    loss = whole.fused(token_weight=token_weight, label_smoothing=smoothing)
-    truth = list(torch.autograd.grad(loss, [token_weight, smoothing]))
-    for found in outcome(results, "learned"):
-        assert_equal(found, truth, ROUNDING)
-
-
 def test_an_offset_that_the_logits_hold_exactly_changes_no_bit(results):
     for far, near in zip(outcome(results, "far from 0"), outcome(results, "near 0"), strict=True):
         same_bits([far["loss"], near["loss"]])
@@ -160,29 +136,11 @@ def test_smoothing_as_a_tensor_of_0_looks_at_no_entry_that_is_masked_out(results
         assert all(gradient.isfinite().all() for gradient in run["gradients"])
 
 
-def test_without_grad_there_is_the_same_loss_and_no_graph(results):
-    for loss in outcome(results, "no grad"):
-        assert not loss.requires_grad
-        assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
-
-
-def test_in_inference_mode_there_is_the_same_loss(results):
-    for loss in outcome(results, "inference"):
-        assert_equal(loss, worker.problem(label_smoothing=0.1).dense(), ROUNDING)
-
-
 def test_in_a_checkpoint_the_graph_may_be_used_for_each_gradient(results):
     whole = worker.problem(label_smoothing=0.1)
     truth = torch.autograd.grad(whole.dense(), whole.parameters)
     for found in outcome(results, "checkpointed"):
         assert_equal(found, list(truth), ROUNDING)
-
-
-def test_a_graph_is_used_twice_and_gradients_add_up(results):
-    whole = worker.problem(label_smoothing=0.1)
-    truth = [2 * g for g in torch.autograd.grad(whole.dense(), whole.parameters)]
-    for found in outcome(results, "accumulated"):
-        assert_equal(found, truth, ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["replicated input", "the module"])
@@ -279,24 +237,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_refused_with_the_way_out(results, name):
-    messages = [messages.get(name, "") for messages in outcome(results, "refusals")]
-    assert REFUSED[name] in messages[0]
-    if name != "other shards":  # where each rank tells of its own
-        assert len(set(messages)) == 1
-
-
-def test_every_refusal_is_tested():
-    assert REFUSED.keys() == worker.REFUSALS.keys()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2], indirect=True)
 def test_where_looking_would_cost_a_synchronisation_other_targets_make_nan(results):
     assert all(loss.isnan() for loss in outcome(results, "compiled, other targets"))
-
-
-def test_double_backward_says_that_it_is_not_implemented(results):
-    for message in outcome(results, "double backward"):
-        assert "does not implement double backward" in message

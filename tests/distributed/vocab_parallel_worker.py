@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from tests.distributed.dtensors import full, refusals, scenarios, weights
 from tests.distributed.launch import TIMEOUT
 from tests.problems import Problem, gradients
 from torch import Tensor
@@ -50,10 +51,6 @@ def ignored_nan() -> Problem:
 def nothing_counts(reduction: str) -> Problem:
     whole = problem(label_smoothing=0.1, reduction=reduction)
     return replace(whole, target=torch.full_like(whole.target, -100))
-
-
-def weights() -> Tensor:
-    return torch.linspace(0.1, 2, 9, dtype=torch.float64)
 
 
 LOSSES: dict[str, Callable[[], Problem]] = {
@@ -103,10 +100,6 @@ def sharded(whole: Problem, over: DeviceMesh | None = None, *placements: Any) ->
     return replace(
         whole, linear_weight=shard(whole.linear_weight), linear_bias=shard(whole.linear_bias)
     )
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def first(tokens: int, whole: Problem) -> Problem:
@@ -196,25 +189,6 @@ def unequal_shards() -> dict[str, Any]:
     return {"rows": (rows.start, rows.stop), "statistics": list(stats), "gradients": list(found)}
 
 
-# What needs a gradient.
-
-
-def frozen(*names: str) -> list[Tensor | None]:
-    whole = problem(label_smoothing=0.1)
-    part = sharded(replace(whole, **{name: getattr(whole, name).detach() for name in names}))
-    part.fused().backward()
-    return [None if p.grad is None else full(p.grad) for p in part.parameters]
-
-
-def learned() -> list[Tensor]:
-    """Gradients of token weights and smoothing, which are the loss's own business."""
-    part = sharded(problem())
-    token_weight = weights().requires_grad_()
-    smoothing = torch.full((9,), 0.2, dtype=torch.float64).requires_grad_()
-    loss = part.fused(token_weight=token_weight, label_smoothing=smoothing)
-    return list(torch.autograd.grad(loss, [token_weight, smoothing]))
-
-
 def far_from_0(offset: int, *, masked: bool = False) -> Problem:
     """Logits that float32 holds exactly, with an offset; ``masked``: the last rank has no entry that counts."""
     whole = problem(label_smoothing=0.1, reduction="none")
@@ -227,32 +201,12 @@ def far_from_0(offset: int, *, masked: bool = False) -> Problem:
     return replace(whole, input=leaves[0], linear_weight=leaves[1], linear_bias=leaves[2])
 
 
-def no_grad() -> Tensor:
-    with torch.no_grad():
-        return sharded(problem(label_smoothing=0.1)).fused()
-
-
-def inference() -> Tensor:
-    part = sharded(problem(label_smoothing=0.1))
-    with torch.inference_mode():
-        return part.fused()
-
-
 def checkpointed() -> list[Tensor]:
     """In a checkpoint, whose saved tensors can be read once in a backward; the graph is used for each gradient."""
     part = sharded(problem(label_smoothing=0.1))
     loss = checkpoint(part.fused, use_reentrant=False)
     found = [torch.autograd.grad(loss, [p], retain_graph=True)[0] for p in part.parameters]
     return [full(g) for g in found]
-
-
-def accumulated() -> list[Tensor]:
-    """Two backward passes into one ``grad``, the second of a graph that was used before."""
-    part = sharded(problem(label_smoothing=0.1))
-    loss = part.fused()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    return [full(p.grad) for p in part.parameters]
 
 
 # Layouts.
@@ -482,44 +436,16 @@ REFUSALS: dict[str, Callable[[Problem], Problem]] = {
 }
 
 
-def refusals() -> dict[str, str]:
-    messages = {}
-    for name, change in REFUSALS.items():
-        part = change(sharded(problem(label_smoothing=0.1)))
-        try:
-            part.fused()
-        except ValueError as error:
-            messages[name] = str(error)
-    return messages
-
-
-def double_backward() -> str:
-    part = sharded(problem())
-    (gradient,) = torch.autograd.grad(part.fused(), [part.input], create_graph=True)
-    try:
-        gradient.sum().backward()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
 SCENARIOS: dict[str, Callable[[], Any]] = {
     **{name: lambda make=make: run(sharded(make())) for name, make in LOSSES.items()},
     **{f"statistics of {v}": lambda v=v: statistics_and_gradients(v) for v in (V, 64, 5, 1)},
     **{f"statistic {i} alone": lambda i=i: one_statistic(i) for i in range(4)},
     "ties": ties,
     "unequal shards": unequal_shards,
-    "frozen head": lambda: frozen("linear_weight", "linear_bias"),
-    "frozen input": lambda: frozen("input"),
-    "frozen bias": lambda: frozen("linear_bias"),
-    "learned": learned,
     "near 0": lambda: run(sharded(far_from_0(0))),
     "far from 0": lambda: run(sharded(far_from_0(-(2**15)))),
     "masked": lambda: run(sharded(far_from_0(-(2**15), masked=True))),
-    "no grad": no_grad,
-    "inference": inference,
     "checkpointed": checkpointed,
-    "accumulated": accumulated,
     "replicated input": replicated_input,
     "two dimensions": two_dimensions,
     "the module": the_module,
@@ -536,8 +462,8 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "memory": lambda: memory(frozen=False),
     "memory, frozen head": lambda: memory(frozen=True),
     "memory, gathered": lambda: memory(frozen=False, gathered=True),
-    "refusals": refusals,
-    "double backward": double_backward,
+    "refusals": lambda: refusals(lambda: sharded(problem(label_smoothing=0.1)), REFUSALS),
+    **scenarios(problem, sharded, lambda tensor: tensor),
 }
 
 
