@@ -28,9 +28,10 @@ def run(stage: Stage) -> int:
     cores = os.cpu_count() or 1
     workers = min(WORKERS, cores)
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
-    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_tests"]
-    # Warnings are errors: of a plugin that dislikes workers, and of this module, which is imported already.
-    options += ["-p", "no:benchmark", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # their warnings would be errors
+    options = ["-q", "-p", "no:cacheprovider", "-p", "xdist", "-p", "benchmarks.gpu_tests"]
+    # This module is imported already, and asserts nothing.
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     options += ["-n", str(workers), "--continue-on-collection-errors"]
     code = pytest.main([*options, *(TINY if stage.tiny else TESTS)], plugins=[Controller(stage)])
     stage.say()

@@ -165,11 +165,11 @@ class Stage:
                 self.add(name, {"failure": reason(error)})
                 print(f"{name}: failed: {reason(error)}", flush=True)
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+            if not alive(self.device):
+                print("the device is lost to this process")
+                break
             gc.collect()
             torch.cuda.empty_cache()
-            if not alive(self.device):
-                print("the device answers no more to this process")
-                break
         self.say()
         return int(failed)
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import product
 from operator import itemgetter
 from statistics import median
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from levelhead.ops import chunked, reference
 from levelhead.ops.loss import token_loss_backward
+from levelhead.ops.statistics import LogitStats
 from levelhead.ops.triton import launch
 
 from .gpu_bench import TOKENS
@@ -97,10 +98,12 @@ class Subject:
         self.x, self.weight, self.target = step.x.detach(), step.weight.detach(), step.target
         self.token_weight = torch.full(step.target.shape, 1 / case.n, device=case.device)
         self.smoothing = torch.full_like(self.token_weight, 0.1)
-        # By another implementation: the gradient's candidates must not depend on the state kernel.
+
+    @cached_property
+    def stats(self) -> LogitStats:
+        """Those of another implementation: the gradient's candidates must not depend on the state kernel."""
         head = (self.x, self.weight, self.target[:, None], None, None, 1.0)
-        self.stats = chunked.linear_logit_stats(*head)
-        self.logsumexp = self.stats.logsumexp
+        return chunked.linear_logit_stats(*head)
 
     def __call__(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """Run it; return the logsumexp, or the gradient of the input in `dtype`, if there is one."""

@@ -79,7 +79,7 @@ def test_a_wrong_candidate_is_seen(kernel: str, factor: float) -> None:
 
         def __call__(self, dtype: torch.dtype | None = None) -> Tensor | None:
             if self.kernel == "state":
-                return self.logsumexp * factor
+                return self.stats.logsumexp * factor
             weight = (self.token_weight, self.smoothing)
             tensors = (self.x, self.weight, self.target, None, *weight)
             dtypes = (dtype, None, None)
