@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 
-.PHONY: demo test test-all check aot bench gpu tune has-gpu clean
+.PHONY: demo test test-all check aot bench gpu has-gpu clean
 
 demo: .venv/demo
 	$(BIN)/levelhead demo
@@ -31,23 +31,23 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.render
 
-# Tests and benchmark on a GPU; then the tuner, which rewrites the pinned launch configurations. Both run as they are in
-# an interpreter that has a GPU build of torch, triton, pytest and hypothesis, without network and without .venv:
-# make gpu GPU_PYTHON=/path/to/python. In a copy without its repository, COMMIT=... says what was measured.
+# What a GPU is for, in stages of nine minutes (benchmarks/gpu.py): `make gpu-decide OUTPUT=folder`, and so on; all of
+# them: `make gpu`, with -k whatever fails. They run as they are in an interpreter that has a GPU build of torch, triton,
+# pytest, pytest-xdist and hypothesis, without network and without .venv: GPU_PYTHON=/path/to/python. In a copy without
+# its repository, COMMIT=... says what was measured.
 GPU_PYTHON ?= python3
+OUTPUT ?= benchmarks/results
+STAGES := $(addprefix gpu-,decide test bench tune)
+.PHONY: $(STAGES)
 
-gpu tune: export PYTHONPATH := src:$(PYTHONPATH)
+gpu: $(STAGES)
 
-gpu: has-gpu
-	$(GPU_PYTHON) -m pytest -m gpu -q tests/ops tests/laws tests/triton tests/benchmarks
-	$(GPU_PYTHON) -m benchmarks.gpu
-
-tune: has-gpu
-	$(GPU_PYTHON) -m benchmarks.tune
+$(STAGES): export PYTHONPATH := src:$(PYTHONPATH)
+$(STAGES): gpu-%: has-gpu
+	$(GPU_PYTHON) -m benchmarks.gpu $* --output $(OUTPUT)
 
 has-gpu:
-	@$(GPU_PYTHON) -c 'import sys, importlib.util as u; m = [n for n in ("torch", "triton", "pytest", "hypothesis") if u.find_spec(n) is None]; sys.exit(bool(m) and sys.executable + " lacks " + ", ".join(m) + ": make gpu GPU_PYTHON=/path/to/python")'
-	@$(GPU_PYTHON) -m benchmarks.gpu --check
+	@$(GPU_PYTHON) -c 'import sys, importlib.util as u; m = [n for n in ("torch", "triton", "pytest", "xdist", "hypothesis") if u.find_spec(n) is None]; sys.exit(bool(m) and sys.executable + " lacks " + ", ".join(m) + ": make gpu GPU_PYTHON=/path/to/python")'
 
 # torch goes first and alone: a machine whose pip offers a CPU build keeps it, because nothing later asks for another.
 # What [demo] asks for is named, so that triton stays out: a gigabyte that a CPU has no use for. Of all that is installed

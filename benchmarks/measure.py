@@ -229,7 +229,7 @@ def line(row: Row) -> str:
 
 
 def write(path: Path, results: Row) -> None:
-    """Write results as JSON, a row a line."""
+    """Write results as JSON, a row a line; the file is whole at any moment."""
     parts = []
     for name, value in results.items():
         if isinstance(value, list):
@@ -237,4 +237,6 @@ def write(path: Path, results: Row) -> None:
         else:
             value = json.dumps(value, indent=1)
         parts.append(f'"{name}": {value}')
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    part.replace(path)

@@ -1,17 +1,18 @@
-"""Times launch configurations on this GPU and pins the fastest: `make tune`, `python -m benchmarks.tune`.
+"""Times launch configurations on this GPU and pins the fastest: the stage `tune` of `make gpu`.
 
 Only the kernels that matter: state, gradient and softmax, at the two shapes that have targets. A candidate must agree
 with the oracle in float64 before it is timed; one that does not compile, or asks for more than the device has, is left
-out and says so. The candidates take turns. The sum over the shapes decides, and goes into configurations.json with the
-device, versions, commit and date. Constants of the host code are timed too, and only printed: they are no matter of one
-device. Nothing of this happens when Levelhead runs.
+out and says so. The best candidates take turns. The sum over the shapes decides, and goes into a configurations.json
+beside the results, with the device, versions, commit and date; it is used when it is copied to levelhead/ops/triton.
+Constants of the host code are timed too: they are no matter of one device. Nothing of this happens when Levelhead runs.
 """
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property, lru_cache, partial
+from itertools import product
 from operator import itemgetter
 from statistics import median
 from unittest import mock
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from levelhead.ops import chunked, reference
 from levelhead.ops.loss import token_loss_backward
+from levelhead.ops.statistics import LogitStats
 from levelhead.ops.triton import launch
 
-from .gpu import TOKENS, CudaClock, accelerator, missing
-from .measure import Clock, Row
+from .gpu_bench import TOKENS
+from .measure import Clock, Row, reason
 from .methods import dense, fused
 from .shapes import SHAPES
+from .stage import Stage, Task
 from .step import Case, Step
 from .targets import TARGET_SHAPES
 
@@ -69,7 +72,7 @@ CONSTANTS = [  # of levelhead.ops.triton: module, name, values, and the mode of 
     ("backward", "_BUDGET_SHARE", (1 / 32, 1 / 16, 1 / 8), "reduction none"),
 ]
 ROUNDS = 5
-_TOO_SLOW = 1.5  # times the fastest so far in its first run: not worth the rounds
+_TOO_SLOW = 1.2  # times the fastest in its first run: not worth the rounds
 _SAMPLE = 64  # tokens compared with the oracle, of the first and of the last each
 
 
@@ -95,10 +98,12 @@ class Subject:
         self.x, self.weight, self.target = step.x.detach(), step.weight.detach(), step.target
         self.token_weight = torch.full(step.target.shape, 1 / case.n, device=case.device)
         self.smoothing = torch.full_like(self.token_weight, 0.1)
-        # By another implementation: the gradient's candidates must not depend on the state kernel.
+
+    @cached_property
+    def stats(self) -> LogitStats:
+        """Those of another implementation: the gradient's candidates must not depend on the state kernel."""
         head = (self.x, self.weight, self.target[:, None], None, None, 1.0)
-        self.stats = chunked.linear_logit_stats(*head)
-        self.logsumexp = self.stats.logsumexp
+        return chunked.linear_logit_stats(*head)
 
     def __call__(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """Run it; return the logsumexp, or the gradient of the input in `dtype`, if there is one."""
@@ -153,42 +158,37 @@ def pinned(kernel: str, architecture: str, dtype: str, options: Options) -> Iter
         table[key] = before
 
 
-def rank(row: Row, cases: list[Case], clock: Clock, say: Callable[[str], object] = print) -> Ranked:
-    """Return the candidates for a row that run, give the right result and are not far behind, with their times."""
-    key = (row["kernel"], row["architecture"], cases[0].dtype)
-    subjects = [Subject(row["kernel"], case) for case in cases]
-    times: list[tuple[Options, list[float]]] = []
-    best = float("inf")
-    for options in candidates(row):
-        with pinned(*key, options):
-            first = _first(subjects, clock)
-        if isinstance(first, float) and first <= _TOO_SLOW * best:
-            best = min(best, first)
-            times.append((options, []))
-        else:
-            reason = first if isinstance(first, str) else f"{1e3 * first:.2f} ms, too slow"
-            say(f"{key} {options} left out: {reason}")
-    for _ in range(ROUNDS):
-        for options, seconds in times:
-            with pinned(*key, options):
-                seconds.append(sum(map(clock.seconds, subjects)))
-    ranked = [(1e3 * median(seconds), options) for options, seconds in times]
-    ranked.sort(key=itemgetter(0))
-    for ms, options in ranked:
-        say(f"{key} {options}: {ms:.2f} ms")
-    return ranked
+@lru_cache(maxsize=1)  # of the kernel at work: those of the others would fill the device
+def subjects(kernel: str, *cases: Case) -> list[Subject]:
+    """Return a kernel at work on some cases."""
+    return [Subject(kernel, case) for case in cases]
 
 
-def _first(subjects: list[Subject], clock: Clock) -> float | str:
-    """Return the seconds of a first run, or why there will be no other."""
+def first(row: Row, cases: list[Case], options: Options, clock: Clock) -> Iterator[Row]:
+    """Yield what a candidate for a row takes in its first run, or why there will be no other."""
+    what = {name: row[name] for name in ("kernel", "architecture")} | {"options": options}
     try:
-        for subject in subjects:
-            wrong = subject.wrong()
-            if wrong is not None:
-                return wrong
-        return sum(map(clock.seconds, subjects))
+        with pinned(row["kernel"], row["architecture"], cases[0].dtype, options):
+            some = subjects(row["kernel"], *cases)
+            wrong = next(filter(None, (subject.wrong() for subject in some)), None)
+            found = {"left out": wrong} if wrong else {"ms": 1e3 * sum(map(clock.seconds, some))}
     except Exception as error:  # a compiler's, a driver's
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        found = {"left out": reason(error)}
+    yield what | found
+
+
+def turns(row: Row, cases: list[Case], firsts: list[Row], clock: Clock) -> Ranked:
+    """Return the candidates that were not far behind in their first runs, with their times, the fastest first."""
+    limit = _TOO_SLOW * min((found["ms"] for found in firsts if "ms" in found), default=0)
+    kept = [found["options"] for found in firsts if found.get("ms", limit + 1) <= limit]
+    times: list[list[float]] = [[] for _ in kept]
+    some = subjects(row["kernel"], *cases)
+    for _ in range(ROUNDS):
+        for options, seconds in zip(kept, times, strict=True):
+            with pinned(row["kernel"], row["architecture"], cases[0].dtype, options):
+                seconds.append(sum(map(clock.seconds, some)))
+    ranked = [(1e3 * median(ms), options) for ms, options in zip(times, kept, strict=True)]
+    return sorted(ranked, key=itemgetter(0))
 
 
 def provenance(machine: Row, ranked: Ranked) -> str:
@@ -217,47 +217,62 @@ def text(rows: list[Row]) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def suggest(cases: list[Case], clock: Clock) -> None:
-    """Print the time and memory of a step for several values of each constant of the host code."""
+def constant(stage: Stage, case: Case, module: str, name: str, value: float) -> Iterator[Row]:
+    """Yield the time and memory of a step with another value of a constant of the host code."""
     from levelhead.ops import triton
 
-    for module, name, values, mode in CONSTANTS:
-        for value in values:
-            with mock.patch.object(getattr(triton, module), name, value):
-                for case in cases:
-                    step = Step(replace(case, mode=mode), fused("triton"))
-                    step()  # compiles
-                    extra, ms = step.extra_bytes(), 1e3 * clock.seconds(step)
-                    shown = f"{ms:.2f} ms, {extra / 2**20:.0f} MiB beyond the gradients"
-                    print(f"V = {case.v}, {mode}, {module}.{name} = {value:g}: {shown}")
+    with mock.patch.object(getattr(triton, module), name, value):
+        step = Step(stage.fit(case), fused("triton"))
+        step()  # compiles
+        (extra,) = stage.clock.extra_bytes([step])
+        yield {"extra_bytes": extra, "ms": 1e3 * stage.clock.seconds(step)}
 
 
-def main() -> int:
-    """Tune every row of this device's architecture, float64 aside, and write it as soon as it is known."""
-    reason = missing()
-    if reason is None and launch.architecture(torch.device("cuda")) == "other":
-        reason = (
-            "configurations.json has no rows for this architecture: copy those of 'other' first"
-        )
-    if reason is not None:
-        print(f"the tuner cannot run here: {reason}", file=sys.stderr)
-        return 2
-    architecture, machine = launch.architecture(torch.device("cuda")), accelerator()
-    shapes = [SHAPES[shape] for shape in TARGET_SHAPES]
-    cases = [Case(TOKENS, d, v, dtype="bfloat16", device="cuda") for v, d in shapes]
+def pin(stage: Stage, row: Row, cases: list[Case]) -> Iterator[Row]:
+    """Yield the best candidates for a row, the fastest first, and write the configurations with it."""
+    firsts = [found for found in stage.rows if found["task"].startswith(f"{_name(row)}, ")]
+    for ms, options in turns(row, cases, firsts, stage.clock):
+        yield {"kernel": row["kernel"], "options": options, "ms": ms}
     rows = json.loads(launch.CONFIGURATIONS.read_text())
-    for row in list(rows):
-        mine = row["kernel"] in KERNELS and row["architecture"] == architecture
-        if not mine or "float64" in row["dtypes"]:
+    for old in list(rows):
+        found = [new for new in stage.rows if new["task"] == f"{_name(old)}: in turns"]
+        ranked = [(new["ms"], new["options"]) for new in found if "ms" in new]
+        if ranked and old["architecture"] == row["architecture"]:
+            rows = replaced(rows, old, ranked[0][1], provenance(stage.machine, ranked))
+    stage.path.with_name("configurations.json").write_text(text(rows))
+
+
+def _name(row: Row) -> str:
+    return f"{row['kernel']} {row['dtypes'][0]}"
+
+
+def tasks(stage: Stage) -> list[Task]:
+    """Return a task a candidate, one a row where the best take turns, and one a value of a constant; bfloat16 first."""
+    shapes = [SHAPES[shape] for shape in stage.some(TARGET_SHAPES)]
+    narrow = [Case(TOKENS, d, v, dtype="bfloat16", device="cuda") for v, d in shapes]
+    found: list[Task] = []
+    wide: list[Task] = []
+    for row in json.loads(launch.CONFIGURATIONS.read_text()):
+        if row["architecture"] != launch.architecture(stage.device):
             continue
-        ranked = rank(row, [replace(case, dtype=row["dtypes"][0]) for case in cases], CudaClock())
-        if ranked:
-            rows = replaced(rows, row, ranked[0][1], provenance(machine, ranked))
-            launch.CONFIGURATIONS.write_text(text(rows))
-    launch._configurations.cache_clear()
-    suggest(cases, CudaClock())
-    return 0
+        if row["kernel"] not in KERNELS or row["dtypes"] == ["float64"]:
+            continue
+        cases = [stage.fit(replace(case, dtype=row["dtypes"][0])) for case in narrow]
+        some = found if cases[0].dtype == stage.fit(narrow[0]).dtype else wide
+        for options in stage.some(candidates(row)):
+            name = f"{_name(row)}, {' '.join(map(str, options.values()))}"
+            some.append((name, partial(first, row, cases, options, stage.clock)))
+        some.append((f"{_name(row)}: in turns", partial(pin, stage, row, cases)))
+    for module, name, values, mode in CONSTANTS:
+        for value, case in product(stage.some(values), narrow):
+            work = partial(constant, stage, replace(case, mode=mode), module, name, value)
+            found.append((f"{module}.{name} = {value:g}, V = {case.v}", work))
+    return [*found, *wide]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(stage: Stage) -> int:
+    """Tune every row of this device's architecture, float64 aside."""
+    if launch.architecture(stage.device) == "other":
+        print("configurations.json has no rows for this architecture: copy those of 'other' first")
+        return 2
+    return stage.run(tasks(stage))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, measure, methods, targets, tune
+from benchmarks import gpu, gpu_bench, measure, methods, stage, targets
 from benchmarks.gate import Gate, exact
 from benchmarks.shapes import SHAPES
 from benchmarks.step import Case, Step
@@ -21,7 +21,7 @@ from levelhead.cli import memory
 from levelhead.ops import reference
 
 ROOT = Path(__file__).parents[2]
-GROUPS = [cases for shape, cases, _ in gpu.plan() if shape == "Llama-3 8B"]
+GROUPS = [cases for shape, cases, _ in gpu_bench.plan() if shape == "Llama-3 8B"]
 SOUND = {name: methods.GPU_METHODS[name] for name in ("F.cross_entropy", "levelhead, chunked")}
 
 
@@ -52,12 +52,12 @@ def measured(method: methods.Method, cases: list[Case], name: str = "a method") 
 
 
 def test_the_plan_has_every_shape_mode_and_smoothing_the_targets_speak_of() -> None:
-    plan = gpu.plan()
+    plan = gpu_bench.plan()
     assert {(s, cases[0].v, cases[0].d) for s, cases, _ in plan} == {
-        (shape, *SHAPES[shape]) for shape in gpu.MODELS
+        (shape, *SHAPES[shape]) for shape in gpu_bench.MODELS
     }
     for shape in targets.TARGET_SHAPES:
-        for mode in gpu.MODES:
+        for mode in gpu_bench.MODES:
             found = {c.eps for s, cases, _ in plan for c in cases if (s, c.mode) == (shape, mode)}
             assert found == {0.0, 0.1}
     assert all((c.n, c.device) == (8192, "cuda") for _, cases, _ in plan for c in cases)
@@ -90,7 +90,7 @@ def test_a_group_on_a_device(cases: list[Case]) -> None:
     small = [replace(case, n=512, d=128, v=4000) for case in cases]
     names = ("F.cross_entropy", "levelhead, chunked", "levelhead, triton")
     compared = {name: methods.GPU_METHODS[name] for name in names}
-    for row in measure.measure("small", small, compared, gpu.CudaClock()):
+    for row in measure.measure("small", small, compared, stage.CudaClock()):
         assert "failure" not in row, row
         assert row["ms_p50"] > 0
 
@@ -201,15 +201,15 @@ def test_extra_memory_is_the_peak_beyond_what_stood_before_and_the_gradients_lef
 # Floors.
 
 
-@pytest.mark.parametrize(("mode", "products"), [*zip(gpu.MODES, (3, 2, 1, 4), strict=True)])
+@pytest.mark.parametrize(("mode", "products"), [*zip(gpu_bench.MODES, (3, 2, 1, 4), strict=True)])
 def test_the_datasheet_floor_is_at_least_that_of_the_products(mode: str, products: int) -> None:
     v, d = SHAPES["Llama-3 8B"]
     case = {"n": 8192, "v": v, "d": d, "mode": mode, "dtype": "bfloat16", "autocast": False}
-    seconds = gpu.floor_seconds(case, "NVIDIA H200")
+    seconds = gpu_bench.floor_seconds(case, "NVIDIA H200")
     bare = products * 2 * 8192 * v * d / 989e12
     assert seconds is not None
     assert bare <= seconds <= 2 * bare
-    assert gpu.floor_seconds(case, "AMD Instinct MI300X") is None
+    assert gpu_bench.floor_seconds(case, "AMD Instinct MI300X") is None
 
 
 # Without a GPU.
@@ -217,7 +217,7 @@ def test_the_datasheet_floor_is_at_least_that_of_the_products(mode: str, product
 
 def test_make_says_that_there_is_no_gpu_and_what_to_do() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    command = ["make", "gpu", f"GPU_PYTHON={sys.executable}"]
+    command = ["make", "gpu-test", f"GPU_PYTHON={sys.executable}"]
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -232,14 +232,14 @@ def test_make_says_which_packages_an_interpreter_lacks() -> None:
     command = ["make", "gpu", f"GPU_PYTHON={sys.executable} -I -S"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert "lacks torch, triton, pytest, hypothesis: make gpu GPU_PYTHON=" in run.stderr
+    assert "lacks torch, triton, pytest, xdist, hypothesis: make gpu GPU_PYTHON=" in run.stderr
 
 
-@pytest.mark.parametrize("main", [lambda: gpu.main(["--check"]), lambda: gpu.main([]), tune.main])
+@pytest.mark.parametrize("name", gpu.STAGES)
 def test_without_a_gpu_the_exit_code_is_2(
-    main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert main() == 2
+    assert gpu.main([name]) == 2
     assert "finds no GPU: look at nvidia-smi or rocm-smi" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, tune
+from benchmarks import gpu_bench, tune
+from benchmarks.stage import CudaClock
 from benchmarks.step import Case
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def test_a_wrong_candidate_is_seen(kernel: str, factor: float) -> None:
 
         def __call__(self, dtype: torch.dtype | None = None) -> Tensor | None:
             if self.kernel == "state":
-                return self.logsumexp * factor
+                return self.stats.logsumexp * factor
             weight = (self.token_weight, self.smoothing)
             tensors = (self.x, self.weight, self.target, None, *weight)
             dtypes = (dtype, None, None)
@@ -92,7 +93,7 @@ def test_a_wrong_candidate_is_seen(kernel: str, factor: float) -> None:
 def test_the_constants_that_it_varies_are_there() -> None:
     for module, name, values, mode in tune.CONSTANTS:
         assert getattr(getattr(kernels, module), name) in values
-        assert mode in gpu.MODES
+        assert mode in gpu_bench.MODES
 
 
 _RANK = """
@@ -113,9 +114,10 @@ tune.ROUNDS = 1
 tune._TOO_SLOW = 100
 for row in json.loads(launch.CONFIGURATIONS.read_text()):
     if row["architecture"] == "interpreter" and row["kernel"] in tune.KERNELS:
-        said = []
-        ranked = tune.rank(row, [Case(9, 6, 23)], Clock(), said.append)
-        print(json.dumps([row, ranked, said]))
+        cases = [Case(9, 6, 23)]
+        options = tune.candidates(row)
+        firsts = [next(tune.first(row, cases, candidate, Clock())) for candidate in options]
+        print(json.dumps([row, tune.turns(row, cases, firsts, Clock()), firsts]))
 """
 
 
@@ -132,10 +134,22 @@ def test_the_tuner_ranks_what_runs_and_leaves_out_what_does_not() -> None:
         pytest.skip("the interpreter of this Triton (3.6) does not run on this NumPy (2.4)")
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert [old["kernel"] for old, _, _ in found] == list(tune.KERNELS)
-    for old, ranked, said in found:
+    for old, ranked, firsts in found:
         times = [ms for ms, _ in ranked]
         assert times == sorted(times)
         assert len(ranked) == 2
         assert old["options"] in [options for _, options in ranked]
-        (left_out,) = [line for line in said if "left out" in line]
-        assert ": 3" in left_out
+        (left_out,) = [first for first in firsts if "left out" in first]
+        assert 3 in left_out["options"].values()
+        assert "ms" not in left_out
+
+
+def test_who_is_far_behind_in_its_first_run_gets_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "subjects", lambda *_: [])
+    row = {"kernel": "softmax", "architecture": "interpreter"}
+    times: list[tuple[int, float]] = [(16, 10.0), (32, 11.9), (64, 12.1)]
+    firsts = [{"options": {"BLOCK_V": size}, "ms": ms} for size, ms in times]
+    firsts.append({"options": {"BLOCK_V": 3}, "left out": "wrong"})
+    ranked = tune.turns(row, [Case(9, 6, 23)], firsts, CudaClock())
+    assert [options["BLOCK_V"] for _, options in ranked] == [16, 32]
+    assert tune.turns(row, [Case(9, 6, 23)], firsts[3:], CudaClock()) == []

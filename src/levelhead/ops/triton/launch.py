@@ -1,7 +1,7 @@
 """How kernels are launched: configurations pinned per architecture and dtype, nothing timed or chosen at run time.
 
 A row of ``configurations.json`` says for which kernel, architecture and dtypes it holds, and its provenance: what it
-was measured on, with which versions and commit, or "derived" with the reason. `python -m benchmarks.tune` measures
+was measured on, with which versions and commit, or "derived" with the reason. `make gpu-tune` measures
 and writes them.
 """
 
