@@ -1,4 +1,5 @@
-# make demo | test | test-all | check | aot | bench: each works on a fresh clone and keeps its environment in .venv.
+# make demo | test | test-all | test-versions | check | aot | bench: each works on a fresh clone and keeps its
+# environment in .venv, but for test-versions.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test workers as cores, of one thread each, or they fight. A worker that is done takes half of what another has
@@ -6,7 +7,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 
-.PHONY: demo test test-all check aot bench gpu has-gpu clean
+.PHONY: demo test test-all test-versions check aot bench gpu has-gpu clean
 
 demo: .venv/demo
 	$(BIN)/levelhead demo
@@ -22,6 +23,22 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Both ends of what is supported, each in an environment of its own: docs/versions.md.
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0
+NEWEST := torch==2.15.0 triton==3.9.0 transformers==5.24.0
+
+test-versions: build/oldest/ready build/newest/ready
+	for end in oldest newest; do OMP_NUM_THREADS=1 build/$$end/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+		tests/laws tests/ops tests/integrations tests/triton || exit; done
+
+build/oldest/ready: STACK := $(OLDEST)
+build/newest/ready: STACK := $(NEWEST)
+build/%/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv --clear build/$*
+	build/$*/bin/python -m pip install --quiet --upgrade pip
+	build/$*/bin/python -m pip install --quiet $(STACK) --group test --editable '.[demo,sft,report,trl,deepspeed]'
+	@touch $@
 
 # Compiles the Triton kernels for chips that need not be here, and prints what the compilers made of them.
 aot: .venv/ready

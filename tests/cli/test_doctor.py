@@ -97,3 +97,19 @@ def test_what_is_missing_comes_with_the_way_to_install_it(monkeypatch, capsys):
     assert said["peft"] == "not installed; run: pip install 'levelhead[peft]'"
     assert said["triton"] == "not installed"
     assert said["deepspeed"] == "9.9"
+
+
+@pytest.mark.parametrize(
+    ("version", "remark"),
+    [
+        ("2.10.1", "; not among those tested, 2.11 to 2.15"),
+        ("2.11.0", ""),
+        ("2.15.3+cu132", ""),
+        ("2.16.0a0+git1234", "; not among those tested, 2.11 to 2.15"),
+        ("3.0.0", "; not among those tested, 2.11 to 2.15"),
+    ],
+)
+def test_it_remarks_on_a_version_that_no_test_has_seen(version, remark, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert main(["doctor"]) == 0
+    assert lines(capsys.readouterr().out)["torch"] == version + remark

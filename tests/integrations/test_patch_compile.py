@@ -70,8 +70,6 @@ def test_another_tensor_as_smoothing_does_not_recompile():
     assert COUNTERS["stats"]["unique_graphs"] == 1
 
 
-# Dynamo looks at .grad of the hidden states with which it goes on after the break.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_model_that_breaks_its_graph_breaks_it_for_no_other_reason():
     def compiled_loss(model):
         torch.compiler.reset()

@@ -39,8 +39,6 @@ def test_the_model_inside_a_wrapper_is_patched_and_the_wrapper_returned(wrap):
     assert "logits" in unpatch_model(wrapper)(**batch())
 
 
-# Dynamo looks at .grad of the hidden states that enter the compiled head.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_head_inside_a_wrapper():
     plain, patched = tiny(), tiny()
     patched.lm_head = torch.compile(patched.lm_head, backend="eager")

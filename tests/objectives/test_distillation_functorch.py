@@ -15,11 +15,6 @@ from levelhead.objectives.distillation import Normalisation
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NORMALISATIONS = get_args(Normalisation)
 
-# Forward mode in torch is scripted.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)
-
 random = torch.Generator().manual_seed(0)
 X = torch.randn(3, 4, 5, generator=random, dtype=torch.float64)
 HEADS = torch.randn(3, 11, 5, generator=random, dtype=torch.float64)

@@ -125,8 +125,6 @@ def test_the_gradient_is_taken_in_the_forward_pass_when_compiled_too(
     assert calls == ["linear_cross_entropy"]
 
 
-# Compiled autograd looks at the `grad` of every tensor that it meets.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_backward_that_is_compiled_too(reduction: str) -> None:
     def gradients() -> list[torch.Tensor | None]:

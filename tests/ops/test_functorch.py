@@ -18,12 +18,6 @@ REDUCTIONS = ["mean", "sum", "none"]
 Loss = Callable[..., Tensor]
 
 
-# Forward mode in torch is scripted. Any other warning fails, such as vmap's that it has no rule and goes slowly.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)
-
-
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
 

@@ -68,8 +68,6 @@ BY_AUTOGRAD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Forward mode in torch is scripted.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", BY_AUTOGRAD)
 def test_a_weight_of_0_that_is_differentiated_has_its_gradient(name: str) -> None:
     losses = levelhead.linear_cross_entropy(X, W, TARGET, reduction="none")

@@ -41,8 +41,6 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-# Forward mode in torch is scripted.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("function", [_loss, _logsumexp])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transform_of_torch_func_is_refused(head: DTensor, name: str, function: Any) -> None:
@@ -50,7 +48,6 @@ def test_a_transform_of_torch_func_is_refused(head: DTensor, name: str, function
         TRANSFORMS[name](function, head)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("function", [_loss, _logsumexp])
 def test_a_tangent_is_refused(head: DTensor, function: Any) -> None:
     with forward_ad.dual_level():

@@ -179,8 +179,6 @@ REFUSALS = {
 }
 
 
-# Forward mode in torch is scripted.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @NAMES
 def test_what_requires_a_gradient_is_refused_with_the_way_out(name: str) -> None:
     module = levelhead.LinearCrossEntropyLoss(

@@ -105,7 +105,7 @@ TRACERS: dict[str, tuple[type[Exception], str, Callable[[Loss], Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.(trace|script)` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("loss", [_mean, _each, _entropy])
 def test_what_cannot_be_recorded_is_refused_with_the_way_out(loss: Loss, tracer: str) -> None:

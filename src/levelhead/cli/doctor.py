@@ -45,6 +45,8 @@ _EXTRAS = {
     "datasets": "sft",
     "matplotlib": "plot",
 }
+# First and last release that the tests have run with. Nothing forbids another one; `doctor` remarks on it.
+TESTED = {"torch": ("2.11", "2.15"), "triton": ("3.6", "3.9"), "transformers": ("5.17", "5.24")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _N, _D, _V = 64, 96, 1003  # no multiples of what kernels like
 
@@ -109,7 +111,7 @@ def _device() -> torch.device:
 def _machine(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "levelhead", levelhead.__version__
     yield "python", f"{platform.python_version()}, {platform.platform()}"
-    yield "torch", torch.__version__
+    yield "torch", _remarked("torch", torch.__version__)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         yield (
@@ -144,10 +146,25 @@ def _implementation(device: torch.device) -> str:
 def _packages() -> Iterator[tuple[str, str]]:
     for package, extra in _EXTRAS.items():
         try:
-            yield package, importlib.metadata.version(package)
+            yield package, _remarked(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             hint = f"; run: pip install 'levelhead[{extra}]'" if extra else ""
             yield package, f"not installed{hint}"
+
+
+def _remarked(package: str, version: str) -> str:
+    """The version, and what the tests have run with where that is another one."""
+    if package not in TESTED:
+        return version
+    first, last = TESTED[package]
+    if _release(first) <= _release(version) <= _release(last):
+        return version
+    return f"{version}; not among those tested, {first} to {last}"
+
+
+def _release(version: str) -> list[int]:
+    """Major and minor number: patches change nothing that a test would see."""
+    return [int(number) for number in version.split(".")[:2]]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ def function_name(node: Node) -> str | None:
     """Return the name of the torch function or tensor method that a node calls, in one spelling."""
     if node.op == "call_method":
         name: Any = node.target
-    elif node.op != "call_function" or isinstance(node.target, _OPERATORS):
+    elif node.op != "call_function":
         return None
+    elif isinstance(node.target, _OPERATORS):
+        return _ATTRIBUTES.get(node.target)
     elif node.target is getattr:
         name = node.args[1]
     else:
@@ -34,6 +36,8 @@ def function_name(node: Node) -> str | None:
 
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# Dynamo of torch 2.15 records these attributes of tensors as the operators behind them.
+_ATTRIBUTES: dict[Any, str] = {torch.ops.aten.mT: "mT", torch.ops.aten.numpy_T: "T"}
 _SPELLINGS = {
     "truediv": "div",
     "divide": "div",
