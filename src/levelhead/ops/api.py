@@ -455,7 +455,8 @@ def _token_weight(token_weight: Tensor | None, counts: Tensor, dtype: torch.dtyp
 def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) -> Tensor | None:
     """Return each token's smoothing (N,), 0 where ignored; None for none."""
     if not isinstance(label_smoothing, Tensor):
-        # A product, of which a compiler takes a number that changes for a variable; full_like would fix it.
+        # Multiply, do not use `full_like`: Dynamo then treats a number that changes as symbolic, and does not
+        # recompile.
         return torch.ones_like(weight) * float(label_smoothing) if label_smoothing else None
     # Not `expand_as`, which DTensors get wrong in inference mode.
     return label_smoothing.to(weight).reshape(-1).where(counts, 0)

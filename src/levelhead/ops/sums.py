@@ -26,17 +26,17 @@ def slices(length: int, size: int, multiple: int = 1) -> Iterator[slice]:
 
 
 def at(tensor: Tensor | None, where: slice) -> Tensor | None:
-    """Return a slice of a tensor, of None None."""
+    """Return ``tensor[where]``, or None if ``tensor`` is None."""
     return None if tensor is None else tensor[where]
 
 
 def zeros(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -> Tensor | None:
-    """Return where a gradient of the shape of ``like`` accumulates in ``dtype``, None if it is not needed."""
+    """Return zeros of the shape of ``like``, to which a gradient is added; None if it is not needed."""
     return None if needed is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
-def room(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -> Tensor | None:
-    """Return room for a gradient of the shape of ``like`` that will be overwritten, None if it is not needed."""
+def empty(like: Tensor, needed: torch.dtype | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Return memory of the shape of ``like``, which a gradient overwrites; None if it is not needed."""
     return None if needed is None else torch.empty(like.shape, dtype=dtype, device=like.device)
 
 

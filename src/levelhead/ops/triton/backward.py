@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..rows import Rows
 from ..statistics import GradientDtypes, Gradients, StatsGradient, anchor, statistics_dtype
-from ..sums import at, finish, multiply_, room, slices
+from ..sums import at, empty, finish, multiply_, slices
 from ..tile import addmm_
 from .launch import cdiv, configuration, dense, launch, precision
 from .primitives import capped, finite, grouped, logits_before_softcap
@@ -114,9 +114,9 @@ def linear_logit_stats_backward(
     grad_picked = ids if gradient.picked is None else gradient.picked.contiguous()
     bias = dense(linear_bias)
     block = configuration("gradient", x)
-    dx = room(x, gradient_dtypes[0], dtype)
-    dw = room(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
-    db = room(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
+    dx = empty(x, gradient_dtypes[0], dtype)
+    dw = empty(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
+    db = empty(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     slabs = list(slices(size, _slab_entries(x, size), _ALIGNMENT))
     buffer = x.new_empty(len(x), slabs[0].stop)
     for columns in slabs:

@@ -128,7 +128,7 @@ def merge_kernel(
         state = merge_states(state, size, other, part_size)
         size += part_size
     largest, total, weighted, sums, best = state
-    # Of a NaN among a token's logits only their sum tells.
+    # max() drops NaN, the sum does not: a token whose sum is NaN has a NaN among its logits.
     known = sums == sums
     largest = tl.where(known, largest, sums)
     total = tl.where(known, total, sums)

@@ -61,7 +61,7 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 
 def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a vector without gaps, as kernels read it; of None None."""
+    """Return the vector without gaps between its elements, as kernels read it; None if it is None."""
     return None if vector is None else vector.contiguous()
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from ..loss import token_loss
 from ..rows import Rows
 from ..statistics import GradientDtypes, Gradients, statistics_dtype
-from ..sums import at, finish, float16_scale, multiply_, room, slices, zeros
+from ..sums import at, empty, finish, float16_scale, multiply_, slices, zeros
 from ..tile import addmm_
 from .launch import cdiv, configuration, dense, launch
 from .primitives import anchor, capped
@@ -157,9 +157,9 @@ def linear_cross_entropy(
     da_buffer = _rows(min(chunks[0].stop, len(x)), size, x.dtype, x.device)
     products = da_buffer if wide else _rows(min(_LOGITS_TOKENS, len(x)), size, dtype, x.device)
     stats = torch.empty(4, len(x), dtype=dtype, device=x.device)
-    dx = room(x, gradient_dtypes[0], gradient_dtypes[0])
+    dx = empty(x, gradient_dtypes[0], gradient_dtypes[0])
     # One chunk is all there is to sum, rounded once at the end of its product.
-    dw = room(linear_weight, gradient_dtypes[1], dtype if len(chunks) > 1 else gradient_dtypes[1])
+    dw = empty(linear_weight, gradient_dtypes[1], dtype if len(chunks) > 1 else gradient_dtypes[1])
     db = zeros(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
     for chunk in chunks:
         da = da_buffer[: len(x[chunk])]
@@ -205,6 +205,6 @@ def _fill_(
 
 
 def _rows(tokens: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return room for logits, in rows that start where wide loads want them."""
+    """Return memory for logits, in rows that start where wide loads want them."""
     aligned = cdiv(entries, _ALIGNMENT) * _ALIGNMENT
     return torch.empty(tokens, aligned, dtype=dtype, device=device)[:, :entries]
