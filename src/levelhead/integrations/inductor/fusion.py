@@ -135,7 +135,8 @@ class FuseLinearCrossEntropy(CustomGraphPass):
         """Put the statistics before all that needs the logits, and make each of those of them."""
         graph, trained = call.graph, any(r.differentiated for r in reductions)
         picking = [r for r in reductions if r.picks is not None]
-        place = min((r.node for r in reductions), key=_order(graph).__getitem__)
+        first = min((r.node for r in reductions), key=_order(graph).__getitem__)
+        place = _outside_inference_mode(first, call.head)
         _check_unchanged(call.read, call.head, place, saved=trained)
         _hoist(graph, [r.picks for r in picking], place, made_of_logits)
         for reduction in picking:
@@ -318,6 +319,17 @@ def _replace(node: Node, function: Any, args: tuple[Any, ...], options: dict[str
     """Make a node a call of another function or method; it stays the same node, since other heads may know it."""
     node.op = "call_method" if isinstance(function, str) else "call_function"
     node.target, node.args, node.kwargs = function, args, options
+
+
+def _outside_inference_mode(node: Node, head: Node) -> Node:
+    """Return where inference mode was entered after the head, if `node` is within: its tensors know no gradients."""
+    place, left = node, 0
+    while node is not head:
+        node = node.prev
+        left += function_name(node) == "_exit_inference_mode"
+        if function_name(node) == "_enter_inference_mode":
+            place, left = (place, left - 1) if left else (node, 0)
+    return place
 
 
 def _hoist(graph: Graph, picks: list[Any], place: Node, made_of_logits: set[Node]) -> None:

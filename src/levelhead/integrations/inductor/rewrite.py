@@ -13,7 +13,8 @@ that describe the head, the same for all, are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -23,6 +24,18 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.loss import token_loss
+
+
+def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep a function out of inference mode, in which torch 2.11 cannot trace a view; gradients stay on or off."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Tensor:
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            return function(*args, **options)
+
+    return run
 
 
 def linear_cross_entropy(
@@ -93,6 +106,7 @@ def linear_logit_stats(
         return tuple(_shifted(f, head["shift"], trailing=f.dim() - len(shape)) for f in stats)
 
 
+@_traceable
 def statistic(
     stats: tuple[Tensor, ...],
     *,
@@ -152,6 +166,7 @@ def statistic(
     return value.clone() if name == "argmax" else value.to(dtype)
 
 
+@_traceable
 def cross_entropy(
     stats: tuple[Tensor, ...],
     target: Tensor,
