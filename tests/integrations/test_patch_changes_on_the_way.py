@@ -199,6 +199,68 @@ def test_logits_that_are_kept_are_looked_at_too(change):
         model(**batch(), changed=True, skip_logits=False)
 
 
+def _bans_in_place(z, start):
+    z[:, start:, 7] = -1e9
+    return z
+
+
+POSITIONS = {
+    "in place": _bans_in_place,
+    "scaled in place": lambda z, start: z[:, start:].mul_(2) if start < 0 else z[1:].mul_(2),
+    "copied": lambda z, start: _bans_in_place(z.clone(), start),
+    "parts": lambda z, start: torch.cat([z[:, :start], 2 * z[:, start:]], 1),
+    "mask": lambda z, start: torch.where(torch.arange(9)[None, :, None] < start, z, 2 * z),
+}
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, -1])
+@pytest.mark.parametrize("change", POSITIONS)
+def test_a_change_of_the_logits_of_some_positions_is_refused(change, start):
+    def forward(self, input_ids=None, labels=None, start=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        if start is not None:
+            logits = POSITIONS[change](logits, start)
+        return {"loss": self.loss_function(logits, labels, 67, **kwargs), "logits": logits}
+
+    model = patch_model(_llama(forward))
+    model(**batch())
+    refused = r"reach(es)? the loss|acts on some tokens apart from the others"
+    with pytest.raises(RuntimeError, match=refused):
+        model(**batch(), start=start)
+    if change in ("in place", "copied"):
+        with pytest.raises(RuntimeError, match=refused):
+            model(**batch(), start=start, skip_logits=False)
+
+
+@pytest.mark.parametrize("given", [40, torch.tensor(40), None])
+@pytest.mark.parametrize("arrives", [None, 80, torch.tensor([41.0])])
+def test_another_num_items_in_batch_at_the_loss_is_refused(arrives, given):
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, changed=False):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        items = arrives if changed else num_items_in_batch
+        return {"loss": self.loss_function(logits, labels, 67, num_items_in_batch=items)}
+
+    model = patch_model(_llama(forward))
+    model(**batch(), num_items_in_batch=given)
+    if arrives is not given:
+        with pytest.raises(
+            RuntimeError, match=r"given num_items_in_batch=.* hand its \*\*kwargs on"
+        ):
+            model(**batch(), num_items_in_batch=given, changed=True)
+
+
+def test_the_same_num_items_in_batch_in_another_form_is_served():
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        items = num_items_in_batch
+        if items is not None:
+            items = items[None].double()
+        return {"loss": self.loss_function(logits, labels, 67, num_items_in_batch=items)}
+
+    loss = patch_model(_llama(forward))(**batch(), num_items_in_batch=torch.tensor(40))["loss"]
+    torch.testing.assert_close(loss, dense_loss(tiny(), **batch(), num_items=40))
+
+
 def test_an_attribute_that_scales_the_logits_counts():
     model = patch_model(_llama(_scaled, scale=1))
     model.scale = 2

@@ -4,7 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.integrations.tiny_models import assert_same_training, batch, dense_loss, tiny
+from tests.integrations.tiny_models import (
+    assert_same_training,
+    batch,
+    dense_loss,
+    tiny,
+    transformers,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from levelhead.integrations import patch_model
@@ -85,6 +91,51 @@ def test_a_model_that_breaks_its_graph_breaks_it_for_no_other_reason():
     assert patched_reasons == reasons
     assert patched_graphs == graphs + 1  # what comes before the model: the labels are shifted
     torch.testing.assert_close(loss, dense_loss(small("mixtral", **experts), **batch()))
+
+
+def _with_a_term(*, always):
+    """A Llama that adds a term of its weights to its loss, and if asked one of its logits."""
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, z_loss=False, decay=False, **kwargs):
+            output = super().forward(input_ids, labels=labels, **kwargs)
+            if always or decay:
+                output.loss = output.loss + 0.1 * self.lm_head.weight.square().sum()
+            if z_loss:
+                output.loss = output.loss + output.logits.logsumexp(-1).pow(2).mean()
+            return output
+
+    model = small()
+    model.__class__ = Other
+    return patch_model(model)
+
+
+def test_a_term_of_the_logits_that_comes_later_makes_the_loss_nan():
+    model = _with_a_term(always=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch()).loss, model(**batch()).loss)
+    assert compiled(**batch(), z_loss=True).loss.isnan()
+
+
+# Dynamo looks at .grad of the hidden states with which it goes on after the error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("term", ["z_loss", "decay"])
+def test_any_term_that_comes_later_is_refused_where_there_was_none(term):
+    model = _with_a_term(always=False)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch()).loss, model(**batch()).loss)
+    with pytest.raises(
+        RuntimeError, match=r"in compiled code nobody sees .* without torch.compile"
+    ):
+        compiled(**batch(), **{term: True})
+
+
+def test_a_model_in_eval_mode_with_gradients_warns_when_it_is_compiled():
+    model = patch_model(small()).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.warns(UserWarning, match=r"in eval mode, with gradients enabled.*model.train\(\)"):
+        loss = compiled(**batch()).loss
+    assert torch.equal(compiled(**batch()).loss, loss)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])

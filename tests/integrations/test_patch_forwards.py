@@ -77,15 +77,60 @@ def _loss_of(output):
 def test_an_output_of_any_kind_from_a_forward_without_further_arguments(kind):
     patched, plain = patch_model(_llama(_returning(OUTPUTS[kind]))), tiny()
     output = patched(**batch())
-    assert type(output) is type(
-        OUTPUTS[kind](None if "required" not in kind else torch.ones(()), torch.ones(()))
-    )
+    assert isinstance(output, type(OUTPUTS[kind](torch.ones(()), torch.ones(()))))
     assert_same_training(patched, _loss_of(output), plain, dense_loss(plain, **batch()))
     kept = patched(**batch(), skip_logits=False)
     logits = kept["logits"] if kind == "dict" else kept[1] if kind == "tuple" else kept.logits
     assert torch.equal(logits, plain(batch()["input_ids"]).logits)
     with torch.no_grad():
         assert _loss_of(patched.eval()(**batch())).isfinite()
+
+
+def test_a_tuple_without_logits_keeps_what_else_is_in_it():
+    def forward(self, input_ids=None, labels=None):
+        hidden = self.model(input_ids).last_hidden_state
+        return self.loss_function(self.lm_head(hidden), labels, 67), hidden, hidden.mean()
+
+    plain, (loss, hidden, mean) = tiny(), patch_model(_llama(forward))(**batch())
+    torch.testing.assert_close(loss, dense_loss(plain, **batch()))
+    assert torch.equal(hidden, plain.model(batch()["input_ids"]).last_hidden_state)
+    assert torch.equal(mean, hidden.mean())
+
+
+def test_a_tuple_in_another_order_is_refused_by_its_order():
+    with pytest.raises(
+        ValueError, match=r"the loss does not come first in its tuple. Return \(loss"
+    ):
+        patch_model(_llama(_returning(lambda loss, logits: (logits, loss))))
+
+
+def test_a_call_that_asks_for_no_loss_gets_none():
+    def forward(self, input_ids=None, labels=None, return_loss=True):
+        output = Llama.forward(self, input_ids, labels=labels)
+        if not return_loss:
+            output.loss = None
+        return output
+
+    model = patch_model(_llama(forward))
+    assert model(**batch(), return_loss=False).loss is None
+    assert model(**batch()).loss.isfinite()
+
+
+@dataclass
+class _LooksAtLogits(ModelOutput):
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.tokens = self.logits.shape[1]
+        super().__post_init__()
+
+
+def test_an_output_class_that_looks_at_its_logits_names_the_cure():
+    model = patch_model(_llama(_returning(lambda loss, z: _LooksAtLogits(loss=loss, logits=z))))
+    with pytest.raises(RuntimeError, match=r"after its head \(AttributeError.* skip_logits=False"):
+        model(**batch())
+    assert model(**batch(), skip_logits=False).tokens == 9
 
 
 @pytest.mark.parametrize("positional", [0, 1, 6])

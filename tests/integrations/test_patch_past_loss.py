@@ -1,5 +1,9 @@
 """A term that a model makes of its logits after its loss is refused; one that is not of them is served."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from tests.integrations.tiny_models import (
@@ -10,6 +14,7 @@ from tests.integrations.tiny_models import (
     tiny,
     transformers,
 )
+from torch.utils._pytree import tree_map
 
 from levelhead.integrations import patch_model
 
@@ -123,7 +128,9 @@ def test_a_term_that_comes_later_is_refused_at_the_call(in_place, term):
     model = patch_model(_llama(after))
     model(**batch())
     coefficients.append(1)
-    with pytest.raises(RuntimeError, match=r"changed its loss after loss_function.* skip_logits=F"):
+    with pytest.raises(
+        RuntimeError, match=r"makes more of its logits than its loss.* skip_logits=F"
+    ):
         model(**batch())
     model(**batch(), skip_logits=False)
 
@@ -161,6 +168,155 @@ def test_the_z_loss_of_bamba_is_refused_when_patched_and_when_raised_later():
         model(**batch())
 
 
+@dataclasses.dataclass
+class _Call:
+    """What a forward has when it makes more of its logits than its loss."""
+
+    model: torch.nn.Module
+    z: torch.Tensor
+    labels: torch.Tensor
+    out: dict
+
+    def add(self, term):
+        self.out["loss"] = self.out["loss"] + term
+
+    def correct(self):
+        return (self.z.argmax(-1) == self.labels).double().mean()
+
+
+MORE = {
+    "z loss": lambda c: c.add(c.z.logsumexp(-1).pow(2).mean()),
+    "z loss in place": lambda c: c.out["loss"].add_(c.z.logsumexp(-1).mean()),
+    "entropy": lambda c: c.add(-torch.distributions.Categorical(logits=c.z).entropy().mean()),
+    "no gradient": lambda c: c.add((c.z > 0).double().mean()),
+    "NaN as 0": lambda c: c.add(c.z.nan_to_num().mean()),
+    "factor": lambda c: c.out.update(loss=c.out["loss"] * (1 + c.correct())),
+    "chosen": lambda c: c.add(1.0 if (c.z > 0).any() else 0.0),
+    "metric": lambda c: c.out.update(accuracy=c.correct()),
+    "metric within": lambda c: c.out.update(metrics=[{"accuracy": c.correct()}]),
+    "number": lambda c: c.out.update(accuracy=c.correct().item()),
+    "text": lambda c: c.out.update(accuracy=f"{c.correct():.3f}"),
+    "array": lambda c: c.out.update(top=c.z.argmax(-1).numpy()),
+    "list": lambda c: c.out.update(top=[row.tolist() for row in c.z]),
+    "kept number": lambda c: setattr(c.model, "last", float(c.z.detach().amax())),
+    "kept in a tensor": lambda c: c.model.seen.copy_(c.z.detach().amax()),
+    "kept in an entry": lambda c: c.model.seen.__setitem__(..., c.z.detach().amax()),
+    "logits within": lambda c: c.out.update(outputs={"logits": c.z}),
+    "later tokens": lambda c: c.out.update(last=c.z[:, 1:].sum()),
+}
+
+
+def _making(more, *, when="after", copied=False):
+    """A Llama that does `more` with its logits if asked, before or after its loss, or with a copy of them."""
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, asked=False, **kwargs):
+            z = self.lm_head(self.model(input_ids).last_hidden_state)
+            out = {"loss": 0.0}
+            if asked and when == "before":
+                out["loss"] = z.new_zeros(())
+                more(_Call(self, z, labels, out))
+            given = 1.0 * z if copied else z
+            out["loss"] = out["loss"] + self.loss_function(given, labels, 67, **kwargs)
+            if asked and when == "after":
+                more(_Call(self, z, labels, out))
+            return out | {"logits": z}
+
+    model = tiny()
+    model.__class__ = Other
+    model.seen = torch.zeros((), dtype=torch.float64)
+    return patch_model(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("more", MORE)
+def test_whatever_a_call_makes_of_the_logits_is_refused(more, copied, when):
+    model = _making(MORE[more], when=when, copied=copied)
+    want = model(**batch())["loss"]
+    with pytest.raises(
+        RuntimeError, match=r"makes more of its logits than its loss.*skip_logits=F"
+    ):
+        model(**batch(), asked=True)
+    assert model.seen == 0
+    assert torch.equal(model(**batch())["loss"], want)
+    model(**batch(), asked=True, skip_logits=False)
+
+
+def test_whatever_a_call_without_logits_in_eval_mode_makes_of_them_is_refused():
+    model = patch_model(_making(MORE["number"]), eval_logits=False).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="makes more of its logits than its"):
+        model(**batch(), asked=True)
+
+
+def test_a_hook_that_reads_what_the_head_returns_is_refused():
+    model, seen = patch_model(tiny()), []
+    model.lm_head.register_forward_hook(lambda _head, _inputs, z: seen.append(z.amax().item()))
+    with pytest.raises(RuntimeError, match=r"or a hook in it, reads them \(item\).*skip_logits=F"):
+        model(**batch())
+    model(**batch(), skip_logits=False)
+
+
+def test_a_term_of_copied_logits_in_bfloat16_is_refused():
+    coefficients = []
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            z = self.lm_head(self.model(input_ids).last_hidden_state)
+            loss = self.loss_function(z.float(), labels, 67, **kwargs)
+            for coefficient in coefficients:
+                loss = loss + coefficient * z.float().logsumexp(-1).pow(2).mean()
+            return {"loss": loss, "logits": z}
+
+    model = tiny(dtype=torch.bfloat16)
+    model.__class__ = Other
+    patch_model(model)(**batch())
+    coefficients.append(1e-4)
+    with pytest.raises(RuntimeError, match="its loss depends on them"):
+        model(**batch())
+
+
+def test_what_takes_only_the_shape_of_the_logits_is_served():
+    def shape(_, output):
+        zeros, z = torch.zeros_like(output.logits), output.logits
+        if z.shape[1] == 1:  # the probe has three tokens
+            assert repr(z) == "<no logits: call with skip_logits=False to have them>"
+        output.loss = output.loss + zeros.sum() + z.new_tensor(0.0) + 0 * z.dim()
+        output.loss = output.loss.to(z)
+
+    torch.testing.assert_close(
+        patch_model(_llama(shape))(**batch()).loss, dense_loss(tiny(), **batch())
+    )
+
+
+@pytest.mark.parametrize("anomaly", [True, False])
+def test_terms_that_come_later_are_served_where_they_are_not_of_the_logits(anomaly):
+    asked = []
+
+    def regulariser(self, output):
+        for scale in asked:
+            output.loss = output.loss + scale * self.lm_head.weight.square().sum()
+
+    plain, patched = _llama(regulariser), patch_model(_llama(regulariser))
+    patched(**batch())
+    asked.append(0.1)
+    want = dense_loss(plain, **batch()) + 0.1 * plain.lm_head.weight.square().sum()
+    with torch.autograd.set_detect_anomaly(anomaly):
+        assert_same_training(patched, patched(**batch()).loss, plain, want)
+
+
+def test_a_subclass_that_passes_on_keeps_its_router_loss_under_anomaly_detection():
+    class Other(transformers.MixtralForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            return super().forward(input_ids, labels=labels, **kwargs)
+
+    plain, patched = tiny("mixtral"), tiny("mixtral")
+    patched.__class__ = Other
+    with torch.autograd.set_detect_anomaly(True):
+        loss = patch_model(patched)(**batch()).loss
+        assert_same_training(patched, loss, plain, dense_loss(plain, **batch()))
+
+
 def test_logits_used_inside_the_forward_name_the_cure():
     seen = []
 
@@ -177,6 +333,20 @@ def test_logits_used_inside_the_forward_name_the_cure():
     assert seen[0].shape == (2,)
 
 
+def _detached(output):
+    return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
+
+
+REBUILT = {
+    "as it is": lambda output: output,
+    "by pytree": lambda output: tree_map(lambda x: x, output),
+    "as Accelerate does": lambda output: type(output)(dict(output)),
+    "by dataclasses": dataclasses.replace,
+    "by copy": lambda output: copy.deepcopy(_detached(output)),
+    "by pickle": lambda output: pickle.loads(pickle.dumps(_detached(output))),
+}
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -188,8 +358,13 @@ def test_logits_used_inside_the_forward_name_the_cure():
         list,
     ],
 )
-def test_logits_used_by_the_caller_name_the_cure(use):
-    output = patch_model(tiny())(**batch())
+@pytest.mark.parametrize("rebuilt", REBUILT)
+def test_logits_used_by_the_caller_name_the_cure(use, rebuilt):
+    output = REBUILT[rebuilt](patch_model(tiny())(**batch(), use_cache=False))
     with pytest.raises(RuntimeError, match="skip_logits=False"):
         use(output.logits)
     assert "skip_logits=False" in repr(output.logits)
+    with pytest.raises(KeyError, match="skip_logits=False"):
+        output["logits"]
+    assert "logits" not in output
+    assert output.get("logits") is None

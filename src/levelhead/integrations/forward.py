@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from .hollow import is_mapping, output_field, withhold_labels
-from .loss_call import ChangedError, LossCall, run
+from .loss_call import LossCall, run
+from .stand_in import NO_LOGITS, ChangedError, NoLogits, StandIn, holds_stand_in, no_logits
 
 
 def forward_with_loss(
@@ -31,10 +34,17 @@ def forward_with_loss(
     else:
         given["labels"] = call.labels
     try:
-        output = run(call, forward, model, **given)
+        return _with_loss(model, call, run(call, forward, model, **given), return_dict)
     except ChangedError:
         raise
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         if call.loss is None or call.keep_logits or out_of_memory:
             raise
@@ -43,83 +53,110 @@ def forward_with_loss(
             f"({type(error).__name__}: {error}). In training its logits are a stand-in for one token: if "
             "it needs them all, call it with skip_logits=False"
         ) from error
-    if own_loss:
+
+
+def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None) -> Any:
+    """What a forward returned, with its loss, and with logits only if they are kept."""
+    if call.own.own_loss:
         loss = call.hand_back(output_field(output, "logits"))
     else:
         loss = output_field(output, "loss")
         if call.returned is None:
-            raise RuntimeError(
+            raise ChangedError(
                 f"{type(model).__name__} did not ask loss_function for its loss, so there is none; "
                 "use unpatch_model to train this model"
             )
         call.check_returned(loss)
-    return _rebuilt(model, call, output, loss, return_dict)
-
-
-def _rebuilt(model: Any, call: LossCall, output: Any, loss: Any, return_dict: bool | None) -> Any:
-    """What a forward returned, with this loss, and with logits only if they are kept."""
     drop = not call.keep_logits
+    if drop and not torch.compiler.is_compiling():
+        _refuse_more(output)
     if type(output) is tuple:
-        return (loss, *output[2 if drop else 1 :])
+        return (loss, *output[2 if drop and _is_logits(call, *output[1:2]) else 1 :])
     if is_mapping(output):
         output["loss"] = loss
         if drop:
             output.pop("logits", None)
         return output
     if not isinstance(output, Mapping):
-        changes = {"loss": loss} | ({"logits": None} if drop else {})
+        none = None if torch.compiler.is_compiling() else NoLogits()
+        changes = {"loss": loss} | ({"logits": none} if drop else {})
         if hasattr(output, "_replace"):
             return output._replace(**changes)
         return dataclasses.replace(output, **changes)
     # Rebuilt, because setting a field of a ModelOutput to None leaves it among the items.
     fields = dict(output) | {"loss": loss}
-    if drop:
-        fields["logits"] = None
-    more = {} if torch.compiler.is_compiling() else _beside_fields(output)
-    output = type(output)(**{k: v for k, v in fields.items() if k not in more})
-    for name, value in more.items():
-        output[name] = value
+    cls = type(output)
+    if torch.compiler.is_compiling():
+        output = cls(**fields | ({"logits": None} if drop else {}))
+    else:
+        fields = vars(output) | fields
+        output = _without_logits(cls, fields) if drop else _made(cls, fields)
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
-    if not return_dict:
-        return output.to_tuple()
-    if drop and not torch.compiler.is_compiling():
-        vars(output)["logits"] = NoLogits()  # an attribute, and no item
+    return output if return_dict else output.to_tuple()
+
+
+def _refuse_more(output: Any) -> None:
+    """Refuse an output in which something but its loss and logits is made of the logits."""
+    if isinstance(output, Mapping):
+        fields = vars(output) | dict(output) if hasattr(output, "__dict__") else output
+    elif type(output) is tuple:
+        names = ("loss", "logits", *map(str, range(2, len(output))))
+        fields = dict(zip(names, output, strict=False))
+    elif hasattr(output, "_asdict"):
+        fields = output._asdict()
+    else:
+        fields = {f.name: getattr(output, f.name, None) for f in dataclasses.fields(output)}
+    for name, value in fields.items():
+        is_logits = name == "logits" and isinstance(value, StandIn) and value.dim() > 1
+        if holds_stand_in(value) and not is_logits:
+            raise no_logits(f"its {name} depends on them")
+
+
+def _is_logits(call: LossCall, value: Any = None) -> bool:
+    """Whether `value` stands for the logits, which a tuple may leave out."""
+    if isinstance(value, StandIn):
+        return True
+    return isinstance(value, torch.Tensor) and value.shape == call.logits.shape
+
+
+def _made(cls: Any, items: Mapping[str, Any]) -> Any:
+    """An output of class `cls`, which may have no field for an item that a forward put into it."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    output = cls(**{name: items.get(name) for name in names})
+    for name in items.keys() - names:
+        output[name] = items[name]
     return output
 
 
-def _beside_fields(output: Any) -> dict[str, Any]:
-    """What a forward put into an output class that has no field for it."""
-    names = {field.name for field in dataclasses.fields(output)}
-    return {k: v for k, v in (vars(output) | dict(output)).items() if k not in names}
+def _without_logits(cls: Any, items: Mapping[str, Any]) -> Any:
+    """An output of class `cls` that says where its logits are asked for that there are none."""
+    return _made(_class_without_logits(cls), {k: v for k, v in items.items() if k != "logits"})
 
 
-class NoLogits:
-    """Stands at `logits` in the output of a call that made none; whatever is done with it says so."""
+@functools.cache
+def _class_without_logits(cls: Any) -> Any:
+    """A subclass, by the same name: whoever rebuilds an output, as Accelerate does, knows its class only."""
 
-    def __repr__(self) -> str:
-        return "<no logits: call with skip_logits=False to have them>"
+    def post_init(self: Any) -> None:
+        if isinstance(vars(self).get("logits"), NoLogits):  # as dataclasses.replace gives it
+            OrderedDict.__delitem__(self, "logits")
+            vars(self)["logits"] = None
+        cls.__post_init__(self)
+        if vars(self).get("logits") is None:
+            vars(self)["logits"] = NoLogits()  # an attribute, and no item
 
-    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise RuntimeError(
-            "a patched model called with labels computes its loss without logits, so its output has "
-            "none. Call it with skip_logits=False to have them as well, which takes the memory for "
-            "them; for calls in eval mode patch_model has eval_logits=True"
-        )
+    def get_item(self: Any, key: Any) -> Any:
+        if key == "logits" and key not in self:
+            raise KeyError(NO_LOGITS)
+        return cls.__getitem__(self, key)
 
-    __getitem__ = __len__ = __iter__ = __array__ = __float__ = __bool__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = (
-        _refuse
-    )
-    __floordiv__ = __mod__ = __pow__ = __neg__ = __abs__ = __int__ = __format__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __hash__ = object.__hash__
-
-    @classmethod
-    def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> NoReturn:
-        cls()._refuse()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy, pickle and their like ask for what it has not
-            raise AttributeError(name)
-        self._refuse()
+    namespace = {
+        "__module__": f"{__name__}.{cls.__module__}",
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__post_init__": post_init,
+        "__getitem__": get_item,
+        "__reduce__": lambda self: (_without_logits, (cls, vars(self))),
+    }
+    return type(cls.__name__, (cls,), namespace)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.checks import is_dtensor
 
@@ -103,7 +104,7 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
     exempt = [
         head
         for head in heads
-        if is_dtensor(head.weight) and head.forward.__module__.startswith("transformers.")
+        if is_dtensor(raw_weight(head)) and head.forward.__module__.startswith("transformers.")
     ]
     for module in (*(model.get_submodule(owner) for owner in owners), *heads):
         if _is_replaced(module) and module not in exempt:
@@ -126,6 +127,14 @@ def linear_heads(model: nn.Module) -> list[nn.Linear]:
     """
     path = path_of_head(model)
     return [_checked(model, head, path) for head in _inner_heads(model.get_submodule(path))]
+
+
+def raw_weight(head: Any) -> Tensor:
+    """The weight of `head`; if it is parametrised, what that is made of, since to make it may change it."""
+    if is_parametrized(head, "weight"):
+        head = head.parametrizations["weight"]
+        return next(iter(head.parameters()))  # type: ignore[no-any-return]
+    return head.weight  # type: ignore[no-any-return]
 
 
 def _embeddings(model: nn.Module) -> nn.Module | None:
@@ -200,7 +209,7 @@ def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
             "llm_int8_skip_modules or target_modules; to train it beside an adapter, list it in "
             "modules_to_save",
         )
-    weight = head.weight
+    weight = raw_weight(head)
     plain = type(weight) in (Tensor, nn.Parameter) or is_dtensor(weight)
     if not plain or weight.dtype not in _DTYPES:
         raise refusal(

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..ops import linear_cross_entropy
-from ..ops.checks import can_look, is_dtensor
+from ..ops.checks import can_look, is_dtensor, unwrapped
 from .hollow import version
 from .probe import HeadTransform
+from .stand_in import ChangedError, StandIn, is_compiled, mark, no_logits
 
 IGNORE_INDEX = -100  # of transformers' losses
 
@@ -56,10 +57,6 @@ class Objective(Protocol):
         ...
 
 
-class ChangedError(RuntimeError):
-    """Something between the labels or the head and the loss is not what the patch knows."""
-
-
 @dataclass
 class LossCall:
     """A forward with labels under way: what its head needs, and the loss the head leaves here."""
@@ -79,13 +76,17 @@ class LossCall:
     objective: Objective | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    answer: Any = None  # of the head: the tensor, its version, and its numbers for one token, (V,)
+    answer: Any = (
+        None  # of the head: the tensor, its version, and its numbers for some tokens, (N, V)
+    )
+    logits: Any = None  # what the model made of it
     returned: Tensor | None = None  # the loss, as the model was handed it
     handed_version: int | None = None  # how often that had been changed in place
 
     def __post_init__(self) -> None:
         shifted = self.target if self.shift_labels is None else self.shift_labels
         self._given = _Given(self.labels), _Given(shifted)
+        self._mode = _mode()
 
     def loss_function(
         self, logits: Tensor, labels: Any, vocab_size: Any = None, *args: Any, **options: Any
@@ -104,7 +105,7 @@ class LossCall:
                 f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
                 "the vocabulary sizes of the model's config and its head agree"
             )
-        same = [self._given[0].reaches("labels", labels)]
+        same = [self._given[0].reaches("labels", labels), self._same_items(options)]
         shifted = options.get("shift_labels")
         if shifted is not None:  # the model may make them, where it does not shift
             same.append(self._given[1].reaches("shift_labels", shifted))
@@ -132,6 +133,33 @@ class LossCall:
             raise ChangedError(
                 f"the model's loss function is called with {what}, which may change the loss, and "
                 "patch_model does not know how. Leave that out, or use unpatch_model to train with it"
+            )
+
+    def _same_items(self, options: dict[str, Any]) -> bool | Tensor:
+        """Whether the loss is given the `num_items_in_batch` that the forward was given."""
+        given, arrived = self.num_items, options.get("num_items_in_batch")
+        if arrived is given:
+            return True
+        same = given is not None and arrived is not None and arrived == given
+        if isinstance(same, Tensor) and not can_look(same):
+            return same.all()
+        if not same:
+            raise ChangedError(
+                f"the forward was given num_items_in_batch={given} and gives its loss {arrived}, which "
+                "divides by another number then. Let it hand its **kwargs on to self.loss_function"
+            )
+        return True
+
+    def check_mode(self) -> None:
+        """Refuse a head that runs in torch.utils.checkpoint, which would run it again past its call."""
+        if torch.compiler.is_compiling():
+            return
+        (had_gradients, outer), (has_gradients, checkpoint) = self._mode, _mode()
+        if had_gradients > has_gradients or checkpoint not in (None, outer):
+            raise ChangedError(
+                "the head runs in torch.utils.checkpoint, or with gradients disabled, within a forward "
+                "that does not: in the backward pass it would run again, without its labels. Leave the "
+                "head out of it; there are no logits that a checkpoint could save"
             )
 
     def compute(
@@ -181,15 +209,25 @@ class LossCall:
             logits: the head's answer, after the model's own scale, cap and cut.
             same: whether other things are as expected; where a tensor () says no, the loss is NaN.
         """
-        # The stand-in is (1, 1, V). Logits that are kept are not asked for how many tokens they are of, which
-        # torch.export would take for a constant.
-        if self.loss is None or not (self.keep_logits or logits.shape[:-1].numel() == 1):
+        if self.loss is None:
             raise ChangedError(
                 "the loss was asked for, but the patched head did not compute it: the head was "
                 "replaced, wrapped or given another forward after patch_model (by an adapter, quantisation or "
                 "resize_token_embeddings), or it ran in another thread. Undo that, or call patch_model again; "
                 "to train the head beside an adapter, list it in modules_to_save"
             )
+        # The stand-in is (1, 1, V). Logits that are kept are not asked for how many tokens they are of, which
+        # torch.export would take for a constant.
+        if not self.keep_logits and logits.shape[:-1].numel() != 1:
+            raise ChangedError(
+                f"the head answered for one token, and logits of shape {tuple(logits.shape)} reach the "
+                f"loss: the model treats some tokens apart from the others. {_CURE}"
+            )
+        self.logits = logits
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._hand_back(logits, *same)
+
+    def _hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
         # Adds nothing, but leads the backward pass through whatever became of the head's output:
         # FSDP and ZeRO gather the head's weight in hooks on that tensor.
         # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
@@ -199,12 +237,17 @@ class LossCall:
             if isinstance(expected, Tensor):
                 anchor = anchor.masked_fill(~expected, torch.nan)
         self.lead_through(anchor)
-        self.returned = self.loss + anchor
+        loss: Any = self.loss
+        self.returned = loss + anchor
         self.handed_version = version(self.returned)
-        if not self.keep_logits and not _is_traced() and not is_dtensor(logits):
-            # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
-            # No gradient comes to the head from here, so none is NaN.
-            part.data.fill_(torch.nan)
+        if self.keep_logits or type(mark(logits)) is StandIn:
+            return self.returned
+        # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
+        # No gradient comes to the head from here, so none is NaN; but anomaly detection looks further.
+        if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
+            for tensor in (logits, self.answer[0]):
+                if type(tensor) is Tensor:  # no DTensor, and not while torch.export records
+                    tensor.data.fill_(torch.nan)
         return self.returned
 
     def lead_through(self, anchor: Tensor) -> None:
@@ -221,12 +264,13 @@ class LossCall:
         if sent is None:
             return True
         want = own(sent.to(torch.promote_types(sent.dtype, torch.float32)))
-        if part.shape[-1] != len(want):
+        size = want.shape[-1]
+        if part.shape[-1] != size:
             raise ChangedError(
-                f"{part.shape[-1]} of {len(sent)} vocabulary entries reach the loss, where patch_model "
-                f"found {len(want)}. {_CURE}"
+                f"{part.shape[-1]} of {sent.shape[-1]} vocabulary entries reach the loss, where "
+                f"patch_model found {size}. {_CURE}"
             )
-        got = part.detach().reshape(-1, len(want))[:1]
+        got = some_tokens(part) if self.keep_logits else part.detach().reshape(1, size)
         tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
         near = (
             (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
@@ -234,27 +278,31 @@ class LossCall:
         if not can_look(part):
             return near.all()
         if not near.all():
-            entry = int((~near[0]).nonzero()[0])
+            at = tuple((~near).nonzero()[0].tolist())
             raise ChangedError(
-                f"the output {sent[entry].item():.6g} of the head for vocabulary entry {entry} reaches "
-                f"the loss as {got[0, entry].item():.6g}, where patch_model found "
-                f"{want[entry].item():.6g}: an argument of this call, a hook or something in the model "
+                f"the output {sent[at].item():.6g} of the head for vocabulary entry {at[1]} reaches "
+                f"the loss as {got[at].item():.6g}, where patch_model found "
+                f"{want[at].item():.6g}: an argument of this call, a hook or something in the model "
                 f"acts on its logits. {_CURE}"
             )
         return True
 
     def check_returned(self, loss: Any) -> None:
         """Refuse a loss to which the model has added a term made of its logits."""
+        if isinstance(loss, StandIn):
+            raise no_logits("its loss depends on them")
         untouched = loss is self.returned and version(loss) == self.handed_version
-        if untouched or self.keep_logits or self.loss is None:
+        if untouched or self.keep_logits or self.loss is None or not isinstance(loss, Tensor):
             return
-        # Where something traces, what the model makes of its logits is not NaN, and any term is refused.
         is_nan = can_look(loss) and bool(loss.isnan()) and not bool(self.loss.isnan())
-        if self.kept if _is_traced() else is_nan:
+        if is_nan and type(self.logits) is not StandIn:
+            raise no_logits("its loss depends on them")
+        if self.kept and is_compiled():
             raise ChangedError(
-                "the model changed its loss after loss_function, which it did not do when it was "
-                "patched: it adds a term made of its logits, of which there are none in training. Leave "
-                "that term out, call the model with skip_logits=False, or use unpatch_model"
+                "the model changes its loss after loss_function, which it did not do when it was patched, "
+                "and in compiled code nobody sees whether by a term made of its logits, of which there "
+                "are none. Leave that out, run the model without torch.compile, where other terms are "
+                "served, or call it with skip_logits=False"
             )
 
 
@@ -264,9 +312,19 @@ _CURE = (
 )
 
 
-def _is_traced() -> bool:
-    """Whether a compiler or anomaly detection watches, which have no use for NaN in a stand-in."""
-    return torch.compiler.is_compiling() or torch.is_anomaly_enabled()
+def some_tokens(logits: Tensor) -> Tensor:
+    """A copy of the logits of the first and of the last token, (2, V)."""
+    logits = logits.detach().reshape(-1, logits.shape[-1])
+    return torch.cat([logits[:1], logits[-1:]])
+
+
+def _mode() -> tuple[bool, Any]:
+    """Whether there are gradients, and the innermost checkpoint under way, of which compiled code has none."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled(), None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    checkpoint = hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    return torch.is_grad_enabled(), hooks[0] if checkpoint else None
 
 
 class _Given:
@@ -286,10 +344,14 @@ class _Given:
         if arrived.shape != given.shape:
             change = f"from shape {tuple(given.shape)} to {tuple(arrived.shape)}"
             raise ChangedError(_edited(name, change))
-        if can_look(arrived) and self._copy.device == arrived.device:
-            if not torch.equal(arrived, self._copy):
-                at = tuple((arrived != self._copy).nonzero()[0].tolist())
-                change = f"at {list(at)} from {self._copy[at].item()} to {arrived[at].item()}"
+        there, here = (
+            unwrapped(arrived),
+            unwrapped(self._copy),
+        )  # of a batch of torch.func, the whole
+        if can_look(there) and here.device == there.device:
+            if not torch.equal(there, here):
+                at = tuple((there != here).nonzero()[0].tolist())
+                change = f"at {list(at)} from {here[at].item()} to {there[at].item()}"
                 raise ChangedError(_edited(name, change))
             return True
         if arrived is not given:

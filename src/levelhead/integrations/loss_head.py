@@ -16,13 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import autocast_is_on, is_dtensor
 from .heads import intercepts_linear
 from .hollow import version
 from .labels import check_labels
-from .loss_call import IGNORE_INDEX, LossCall, Shown, under_way
+from .loss_call import IGNORE_INDEX, LossCall, Shown, some_tokens, under_way
+from .stand_in import mark
 
 # Heads that have warned of a call past the forward of their model.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -39,19 +41,21 @@ class LossHead(nn.Linear):
         if not isinstance(call, LossCall):
             if call is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _warn_of_logits(self)
-            return self._logits(input)
+            return self._logits(input, self.weight)
         if call.loss is not None:
             raise RuntimeError(
                 "the head was called twice in one training forward, but patch_model knows the "
                 "labels of one call only. Use unpatch_model to train this model"
             )
-        call.loss = _head_loss(self, input, call)
+        call.check_mode()
+        weight = (
+            self.weight
+        )  # read once, as by the layer itself: of a parametrised one each time is another
+        call.loss = _head_loss(input, weight, self.bias, call)
         if call.keep_logits:
-            logits = self._logits(input)
-            sent = None
-            if not is_dtensor(logits):
-                # A copy: models scale logits in place.
-                sent = logits.detach().reshape(-1, logits.shape[-1])[:1].flatten().clone()
+            logits = self._logits(input, weight)
+            # A copy: models scale logits in place.
+            sent = None if is_dtensor(logits) else some_tokens(logits)
             call.answer = logits, version(logits), sent
             return logits
         if is_dtensor(input):  # torch's tensor parallelism: its hooks want in return what they gave
@@ -60,12 +64,12 @@ class LossHead(nn.Linear):
             loss = whole.from_local(loss, whole.device_mesh, whole.placements)
             call.answer = loss, version(loss), None
             return loss
-        sent = _numbers(len(self.weight), call.loss.device, self._dtype_of(input))
+        sent = _numbers(len(weight), call.loss.device, self._dtype_of(input))
         # As many dimensions as logits have. Nothing of the loss but its place in the graph, of which no gradient comes.
         never = torch.zeros((), dtype=torch.bool, device=sent.device)
         stand_in = torch.where(never, call.loss.to(sent.dtype), sent.reshape(1, 1, -1))
-        call.answer = stand_in, version(stand_in), sent
-        return stand_in
+        call.answer = stand_in, version(stand_in), sent.reshape(1, -1)
+        return mark(stand_in)
 
     def _dtype_of(self, input: Tensor) -> torch.dtype:  # noqa: A002
         """That of the logits of `input`."""
@@ -77,10 +81,10 @@ class LossHead(nn.Linear):
         shown = under_way()
         return super().extra_repr() + (f", {shown.options}" if isinstance(shown, Shown) else "")
 
-    def _logits(self, input: Tensor) -> Tensor:  # noqa: A002
+    def _logits(self, input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002
         # Tensor parallelism sets a forward on the instance, which patch_model has put aside.
-        own: Callable[[Tensor], Tensor] = vars(self).get("_levelhead_forward", super().forward)
-        return own(input)
+        own: Callable[[Tensor], Tensor] | None = vars(self).get("_levelhead_forward")
+        return F.linear(input, weight, self.bias) if own is None else own(input)
 
 
 def _numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -122,16 +126,15 @@ def loss_head(original: Any) -> Any:
     return type(LossHead.__name__, (LossHead, original), namespace)
 
 
-def _head_loss(head: nn.Linear, hidden: Tensor, call: LossCall) -> Tensor:
-    """The smoothed cross-entropy of the logits that `head` would give for `hidden` (..., T, D)."""
+def _head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall) -> Tensor:
+    """The smoothed cross-entropy of the logits that the head would give for `hidden` (..., T, D)."""
     target = call.target.to(hidden.device)
     if hidden.shape[:-1] != target.shape:
         raise ValueError(
             f"labels of shape {tuple(target.shape)} do not fit hidden states of shape "
-            f"{tuple(hidden.shape)}: there must be one label per position"
+            f"{tuple(hidden.shape)}: there must be one label per position. Make the labels fit, or, if the "
+            "model changes the shape of either, use unpatch_model"
         )
-    weight: Tensor = head.weight
-    bias: Tensor | None = head.bias
     if intercepts_linear(weight):
         raise RuntimeError(
             f"the weight of the patched head is a {type(weight).__name__} now, which multiplies in "

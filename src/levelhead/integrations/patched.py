@@ -368,16 +368,27 @@ def _warn_of_missing_labels(model: nn.Module) -> None:
 
 
 def _warn_of_eval_mode(model: nn.Module) -> None:
-    _warn_once(
-        _warned_of_mode,
-        model,
-        f"the patched {type(model).__name__} was called with labels in eval mode, with gradients "
-        "enabled: its loss can be trained on, so it is smoothed, and there are no logits. To train, "
-        "call model.train() first; to evaluate, use torch.no_grad()",
+    if torch.compiler.is_compiling():
+        _warn_of_compiled_eval_mode(type(model).__name__)
+    else:
+        _warn_once(_warned_of_mode, model, _eval_mode(type(model).__name__))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_of_compiled_eval_mode(name: str) -> None:
+    """Warn while a call is compiled, which calls this then, and not later."""
+    warnings.warn(_eval_mode(name), stacklevel=2)
+
+
+def _eval_mode(name: str) -> str:
+    return (
+        f"the patched {name} was called with labels in eval mode, with gradients enabled: its loss can "
+        "be trained on, so it is smoothed, and there are no logits. To train, call model.train() first; "
+        "to evaluate, use torch.no_grad()"
     )
 
 
 def _warn_once(warned: weakref.WeakSet[nn.Module], model: nn.Module, message: str) -> None:
-    if not torch.compiler.is_compiling() and model not in warned:
+    if model not in warned:
         warned.add(model)
         warnings.warn(message, stacklevel=5)

@@ -108,8 +108,13 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
             raise refusal(model, reason, "Return an output class, a dictionary or a tuple")
         loss = output_field(run.output, "loss")
         if run.leaf is None or not isinstance(loss, Tensor) or not loss.requires_grad or loss.dim():
-            reason = "its forward does not return what its loss_function gives"
-            raise refusal(model, reason, _REMEDY)
+            reason, remedy = "its forward does not return what its loss_function gives", _REMEDY
+            if type(run.output) is tuple and any(x is run.returned for x in run.output[1:]):
+                reason, remedy = (
+                    "the loss does not come first in its tuple",
+                    "Return (loss, logits)",
+                )
+            raise refusal(model, reason, remedy)
         factor, slope = torch.autograd.grad(loss, (run.leaf, z), allow_unused=True)
         if factor is None or factor != 1:
             got = 0.0 if factor is None else factor.item()
