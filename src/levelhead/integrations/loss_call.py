@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 from ..ops import linear_cross_entropy
 from ..ops.checks import can_look, is_dtensor
@@ -201,7 +202,7 @@ class LossCall:
         self.lead_through(anchor)
         self.returned = self.loss + anchor
         self.handed_version = version(self.returned)
-        if not self.keep_logits and not _is_traced() and not is_dtensor(logits):
+        if not (self.keep_logits or _is_traced() or is_dtensor(logits) or _is_batched(part)):
             # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
             # No gradient comes to the head from here, so none is NaN.
             part.data.fill_(torch.nan)
@@ -231,7 +232,7 @@ class LossCall:
         near = (
             (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
         ) | ~want.isfinite()
-        if not can_look(part):
+        if _is_batched(part) or not can_look(part):
             return near.all()
         if not near.all():
             entry = int((~near[0]).nonzero()[0])
@@ -269,6 +270,17 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.is_anomaly_enabled()
 
 
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether torch.vmap has made a tensor of one for each sample."""
+    if torch.compiler.is_compiling():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 class _Given:
     """Labels as a forward is given them, and whether they reach the loss like that."""
 
@@ -286,6 +298,8 @@ class _Given:
         if arrived.shape != given.shape:
             change = f"from shape {tuple(given.shape)} to {tuple(arrived.shape)}"
             raise ChangedError(_edited(name, change))
+        if _is_batched(arrived):  # by torch.vmap, under which nobody looks
+            return (arrived == self._copy).all()
         if can_look(arrived) and self._copy.device == arrived.device:
             if not torch.equal(arrived, self._copy):
                 at = tuple((arrived != self._copy).nonzero()[0].tolist())
@@ -294,7 +308,10 @@ class _Given:
             return True
         if arrived is not given:
             return (arrived == given.to(arrived.device)).all()
-        if version(given) != self._before:
+        now = version(given)
+        if (
+            now != self._before and now is not None
+        ):  # which it is in a forward that is compiled alone
             raise ChangedError(_edited(name, "in place"))
         return True
 
