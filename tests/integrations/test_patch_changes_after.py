@@ -128,24 +128,34 @@ def test_several_language_models_in_a_wrapper_are_refused():
     patch_model(pair["student"])
 
 
+class _Meter:
+    def __init__(self):
+        self.seen, self.tensor = 0, torch.zeros(())
+
+
 def test_a_forward_that_counts_is_not_counted_by_the_probe():
     class Counting(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, labels=None, **kwargs):
             self.seen += 1
             self.log.append(torch.rand(()))
+            self.logs["seen"].append(1)
+            self.meter.seen += 1
+            self.meter.tensor += 1
             return super().forward(input_ids, labels=labels, **kwargs)
 
     model = tiny()
     model.__class__ = Counting
     model.register_buffer("seen", torch.zeros((), dtype=torch.long))
-    model.log = []
+    model.log, model.logs, model.meter = [], {"seen": []}, _Meter()
     state = torch.random.get_rng_state()
     patch_model(model)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not model.seen
     assert not model.log
+    assert not model.logs["seen"]
+    assert model.meter.seen == model.meter.tensor == 0
     model(**batch())
-    assert model.seen == len(model.log) == 1
+    assert model.seen == len(model.log) == len(model.logs["seen"]) == model.meter.seen == 1
 
 
 def test_a_number_that_changes_in_every_step_is_looked_at_once(monkeypatch):

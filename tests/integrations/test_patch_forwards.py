@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.integrations.tiny_models import (
     assert_same_training,
     batch,
@@ -148,6 +149,90 @@ def test_a_forward_that_hands_all_its_arguments_on(positional):
         output = patched(ids, None, None, None, None, labels)
     assert "logits" not in output
     assert_same_training(patched, output.loss, plain, dense_loss(plain, **inputs))
+
+
+def _over(use):
+    """A forward that calls its head as `use(self, hidden)` does."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = use(self, self.model(input_ids).last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, 67, **kwargs)
+        return {"loss": loss, "logits": logits}
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda self, h: self.lm_head(h.flatten(0, 1)).view(*h.shape[:2], -1),
+        lambda self, h: self.lm_head(torch.cat([h[:, :4], h], 1))[:, 4:],
+    ],
+)
+def test_a_head_that_is_not_given_each_token_in_its_place_is_refused(use):
+    with pytest.raises(ValueError, match="its head is called with hidden states of shape"):
+        patch_model(_llama(_over(use)))
+
+
+def test_a_soft_prompt_of_the_users_is_served():
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        prompt = self.model.embed_tokens.weight[:4].expand(len(input_ids), -1, -1)
+        embeds = torch.cat([prompt, self.model.embed_tokens(input_ids)], 1)
+        hidden = self.model(inputs_embeds=embeds).last_hidden_state[:, 4:]
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, 67, **kwargs)
+        return _Plain(loss, logits)
+
+    plain, patched = _llama(forward), patch_model(_llama(forward))
+    target = F.pad(batch()["labels"][:, 1:], (0, 1), value=-100)
+    logits = plain(batch()["input_ids"]).logits
+    want = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.1)
+    assert_same_training(patched, patched(**batch()).loss, plain, want)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_loss_of_another_head_is_kept(before):
+    def more(self, hidden, labels):
+        return F.cross_entropy(self.second(hidden)[:, :-2].mT, labels[:, 2:])
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        hidden, term = self.model(input_ids).last_hidden_state, 0.0
+        if before and labels is not None:
+            term = more(self, hidden, labels)
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, 67, **kwargs) + term
+        if labels is not None and not before:
+            loss = loss + more(self, hidden, labels)
+        return {"loss": loss, "logits": logits}
+
+    plain, patched = _llama(forward), _llama(forward)
+    for model in (plain, patched):
+        torch.manual_seed(0)
+        model.second = torch.nn.Linear(16, 67, dtype=torch.float64)
+    loss = patch_model(patched)(**batch())["loss"]
+    hidden = plain.model(batch()["input_ids"]).last_hidden_state
+    want = dense_loss(tiny(), **batch()) + more(plain, hidden, batch()["labels"])
+    torch.testing.assert_close(loss, want, rtol=0, atol=1e-12)
+
+
+def test_a_forward_that_is_compiled_in_its_class_is_served():
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return Llama.forward(self, input_ids, labels=labels, **kwargs)
+
+    torch.compiler.reset()
+    patched = _llama(torch.compile(forward, backend="eager"))
+    patched.config.use_cache = False
+    loss = patch_model(patched)(**batch()).loss
+    torch.testing.assert_close(loss, dense_loss(tiny(), **batch()), rtol=0, atol=1e-12)
+    torch.compiler.reset()
+
+
+def test_a_module_set_as_the_loss_function_is_none_as_torch_has_it():
+    plain, patched = tiny(), tiny()
+    for model in (plain, patched):
+        model.loss_function = torch.nn.CrossEntropyLoss()  # a child, beside the property
+    loss = patch_model(patched)(**batch()).loss
+    assert_same_training(patched, loss, plain, dense_loss(plain, **batch()))
 
 
 def test_a_forward_that_takes_no_labels_by_name_is_refused():

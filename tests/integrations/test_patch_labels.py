@@ -10,6 +10,7 @@ from tests.integrations.tiny_models import (
     next_tokens,
     tiny,
 )
+from torch.func import functional_call, grad, vmap
 
 from levelhead.integrations import patch_model
 
@@ -31,6 +32,39 @@ def test_positional_labels():
     output = patched(*arguments)
     assert "logits" not in output
     assert torch.equal(output.loss, patched(**inputs).loss)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own, of attention
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_gradients_of_each_sample_by_vmap(family):
+    plain, patched, inputs = tiny(family), patch_model(tiny(family)), batch()
+    parameters = {name: p.detach() for name, p in patched.named_parameters()}
+
+    def loss(parameters, ids, labels):
+        rows = {"input_ids": ids[None], "labels": labels[None]}
+        return functional_call(patched, parameters, (), rows).loss
+
+    each = vmap(grad(loss), (None, 0, 0))(parameters, inputs["input_ids"], inputs["labels"])
+    for row in range(2):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        want = gradients(dense_loss(plain, **one), plain)
+        for name, gradient in want.items():
+            torch.testing.assert_close(each[name][row], gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own, of attention
+def test_labels_that_are_changed_under_vmap_make_the_loss_nan():
+    model = tiny()
+    original = type(model)
+
+    def forward(self, input_ids=None, labels=None, edit=False, **kwargs):
+        labels = labels.roll(1, -1) if edit else labels
+        return original.forward(self, input_ids, labels=labels, **kwargs)
+
+    model.__class__ = type("OtherForCausalLM", (original,), {"forward": forward})
+    patch_model(model)
+    losses = vmap(lambda ids, y: model(input_ids=ids[None], labels=y[None], edit=True).loss)
+    assert losses(*batch().values()).isnan().all()
 
 
 def test_an_argument_given_twice_is_pythons_own_error():

@@ -153,6 +153,7 @@ def test_options_that_are_no_numbers(option, shown):
     with pytest.raises(TypeError, match=f"^{option} must be a number .*") as error:
         patch_model(tiny(), **{option: NO_NUMBERS[shown]})
     assert str(error.value).endswith(f", got {shown}")
+    assert ("floating-point tensor, got" in str(error.value)) == (option != "eval_smoothing")
 
 
 @pytest.mark.parametrize("option", ["smoothing", "temperature", "softcap"])

@@ -50,6 +50,12 @@ def test_a_model_in_eval_mode_trains_smoothed_and_warns_once_with_the_cure():
     assert_same_training(patched, loss, plain, dense_loss(plain, **batch()))
 
 
+def test_a_frozen_model_in_eval_mode_is_told_what_counts_as_training():
+    model = patch_model(tiny()).eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="with gradients enabled: that counts as training, so its"):
+        assert not model(**batch()).loss.requires_grad
+
+
 @pytest.mark.filterwarnings("ignore:the patched .* in eval mode")
 def test_the_mode_that_counts_is_that_of_the_model_not_of_its_wrapper():
     inner = patch_model(tiny()).eval()

@@ -147,7 +147,7 @@ def test_a_module_without_parameters_after_the_head_is_run():
 
 
 def _mask_position(_, z):
-    return z * torch.tensor([1.0, 1.0, 0.5]).to(z)[:, None]
+    return torch.cat([z[:, :4], z[:, 4:] * 0.5], 1)
 
 
 @pytest.mark.parametrize(
@@ -165,18 +165,25 @@ def _mask_position(_, z):
         (lambda _, z: z.roll(1, -1), "which no scale"),
         (lambda _, z: z.flip(0), "which no scale"),
         (lambda _, z: z * float("nan"), "which no scale"),
-        (lambda _, z: z[:, 1:], r"of shape \(2, 3, 67\) reaches its loss as \(2, 2, 67\)"),
+        (lambda _, z: z[:, 1:], r"of shape \(2, 64, 67\) reaches its loss as \(2, 63, 67\)"),
         (lambda _, z: torch.cat([z, z], -1), "has 67 entries, of which 134 reach a loss over 134"),
         (lambda _, z: z.bfloat16(), "rounded to torch.bfloat16 before the loss"),
         (
             lambda self, z: z * self.factor,
             "a trainable parameter acts between its head and its loss",
         ),
+        (
+            lambda self, z: z * self.frozen,
+            "a trainable parameter acts between its head and its loss",
+        ),
+        (lambda _, z: 2 * z - z.detach(), "the gradient of its logits does not reach the output"),
+        (lambda _, z: z.detach(), "the gradient of its logits does not reach the output"),
         (lambda _, z: z @ z, r"failed when patch_model ran it .* \(RuntimeError: "),
     ],
 )
 def test_anything_else_is_refused(change, seen):
-    model = _llama_with(change, factor=nn.Parameter(torch.tensor(1.0)))
+    factor, frozen = (nn.Parameter(torch.tensor(1.0), requires_grad=on) for on in (True, False))
+    model = _llama_with(change, factor=factor, frozen=frozen)
     with pytest.raises(ValueError, match=seen) as error:
         probe_head(model)
     assert "_LlamaWith" in str(error.value)

@@ -6,8 +6,10 @@ forward is the model's own. No weight is read or written, so that a model on the
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,7 @@ class HollowRun:
         leaf: what that loss is, a tensor to differentiate by.
         output: of the forward; None if it was stopped at its loss.
         inputs: what its modules were called with.
+        asked: what it asked its modules for that a call may leave on them, such as a router loss.
         left: what it holds afterwards.
     """
 
@@ -40,6 +43,7 @@ class HollowRun:
     leaf: Tensor | None = None
     output: Any = None
     inputs: list[Any] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
     left: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,8 +93,8 @@ def run_hollow(
         return found.returned
 
     answer = hidden.as_subclass(_Hidden)
-    shell = _hollow(model, path.split("."), z, answer, found.inputs)
-    shell.loss_function = loss_function
+    shell = _hollow(model, path.split("."), z, answer, found)
+    original_class(model).loss_function.fset(shell, loss_function)
     mask = torch.ones_like(labels)
     mask[-1, ::2] = 0  # must not change what the loss sees: a label on padding counts as any other
     ids = torch.zeros_like(labels)
@@ -110,7 +114,9 @@ def run_hollow(
     try:
         # A forward that draws random numbers must not change those that training draws.
         with torch.random.fork_rng([]):
-            found.output = shell.forward(**accepted(type(shell), given))
+            forward = type(shell).forward
+            forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # if it is compiled
+            found.output = forward(shell, **accepted(type(shell), given))
         if found.labels is None:
             found.logits = _plain(output_field(found.output, "logits"))
         found.left = vars(shell)
@@ -157,8 +163,26 @@ def is_mapping(output: Any) -> bool:
 
 
 def is_builtin(function: Any) -> bool:
-    """Whether a function is part of transformers."""
-    return getattr(function, "__module__", "").partition(".")[0] == "transformers"
+    """Whether a function is part of transformers, and what it decorates as well."""
+    packages = []
+    while function is not None:
+        # Not its __module__, which functools.wraps takes from what it decorates.
+        name = getattr(function, "__globals__", {}).get("__name__")
+        packages.append(str(name).partition(".")[0])
+        function = getattr(function, "__wrapped__", None)
+    return packages[-1:] == ["transformers"] and {*packages} <= {"transformers", "torch"}
+
+
+_OTHERS = sys.stdlib_module_names | {
+    *("torch", "transformers", "numpy", "accelerate", "deepspeed", "levelhead")
+}
+
+
+def is_of_users(thing: Any) -> bool:
+    """Whether a class or a function is part neither of Python nor of the libraries that a model trains with."""
+    is_class = isinstance(thing, type)
+    name = thing.__module__ if is_class else thing.__globals__.get("__name__")
+    return str(name).partition(".")[0] not in _OTHERS
 
 
 def withhold_labels(model: Any, given: dict[str, Any]) -> None:
@@ -199,62 +223,125 @@ class _Hidden(Tensor):
 
 
 class _Stub:
-    """Answers a call with `answer`, keeping its `inputs`, and all else like the module it stands for.
+    """Answers a call with `answer`, as `found` notes, and all else like the module it stands for.
 
     What has no parameters and is called with logits is no part of a backbone: it runs.
     """
 
-    def __init__(self, module: Any, answer: Tensor, inputs: list[Any]) -> None:
+    def __init__(self, module: Any, answer: Tensor, found: HollowRun, path: str) -> None:
         self._module = module
         self._answer = answer
-        self._inputs = inputs
+        self._found = found
+        self._path = path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given_logits = args and type(args[0]) is Tensor and args[0].is_floating_point()
         if given_logits and next(self._module.parameters(), None) is None:
             return self._module(*args, **kwargs)
-        self._inputs.append((args, kwargs))
-        return self._answer.clone()
+        self._found.inputs.append((args, kwargs))
+        batch, length, width = self._answer.shape
+        out = getattr(self._module, "out_features", width)
+        if isinstance(out, int) and out != width:  # another head
+            return normal(batch, length, out, seed=9)
+        given = kwargs.get("inputs_embeds", args[0] if args else None)
+        if isinstance(given, Tensor) and given.dim() == 3:
+            length = given.shape[1]
+        if length == self._answer.shape[1]:
+            return self._answer.clone()
+        return normal(batch, length, width, seed=9).as_subclass(_Hidden)  # with a soft prompt
 
     def __getattr__(self, name: str) -> Any:
-        return self._stub(getattr(self._module, name))
+        value = getattr(self._module, name, None)
+        fixed = (nn.Module, nn.Parameter, int, str, torch.device, torch.dtype)
+        if not isinstance(value, fixed) and not hasattr(value, "to_diff_dict"):
+            self._found.asked.add(f"{self._path}.{name}")
+        return self._stub(getattr(self._module, name), name)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._stub(self._module[index])
+        return self._stub(self._module[index], str(index))
 
     def __len__(self) -> int:
         return len(self._module)
 
-    def _stub(self, value: Any) -> Any:
-        is_module = isinstance(value, nn.Module)
-        return _Stub(value, self._answer, self._inputs) if is_module else value
+    def _stub(self, value: Any, name: str) -> Any:
+        if not isinstance(value, nn.Module):
+            return value
+        return _Stub(value, self._answer, self._found, f"{self._path}.{name}")
 
 
-def _hollow(
-    module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, inputs: list[Any]
-) -> Any:
+class _Head(_Stub):
+    """The stub of a head, which must be given the hidden states of all tokens, in their places."""
+
+    def __call__(self, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
+        given, whole = getattr(hidden, "shape", ()), self._answer.shape
+        if given[:-1] != whole[:-1]:
+            raise ValueError(
+                f"its head is called with hidden states of shape {tuple(given)}, which are not those "
+                f"of {whole[0]} rows of {whole[1]} tokens"
+            )
+        return self._answer.clone()
+
+
+def _hollow(module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, found: HollowRun) -> Any:
     """`module` in training mode with stubs for all below it but those on the path to the head."""
     children: dict[str, Any] = {}
     for name, child in module._modules.items():
+        if name in ("loss_function", "_loss_function"):
+            continue  # set as one, though torch keeps it as a child
         if child is None:
             children[name] = None
         elif name != path[0]:
-            children[name] = _Stub(child, hidden, inputs)
+            children[name] = _Stub(child, hidden, found, name)
         elif len(path) == 1:
-            children[name] = _Stub(child, z, [])
+            children[name] = _Head(child, z, HollowRun(), name)
         else:
-            children[name] = _hollow(child, path[1:], z, hidden, inputs)
+            children[name] = _hollow(child, path[1:], z, hidden, found)
     shell = object.__new__(original_class(module))
+    state = {k: v for k, v in vars(module).items() if k not in _PARTS}
     # What a forward counts or collects in the model must not count the probe.
-    copied = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set)}
-    buffers = {k: None if v is None else v.clone() for k, v in module._buffers.items()}
-    hooks: dict[str, Any] = {name: {} for name in vars(module) if name.endswith("_hooks")}
-    vars(shell).update(vars(module), **copied | hooks)
-    vars(shell).update(_modules=children, _buffers=buffers, training=True)
+    vars(shell).update(_copied(state, {}, 5))
+    vars(shell).update(
+        _modules=children,
+        _buffers={k: None if v is None else v.clone() for k, v in module._buffers.items()},
+        # One that is frozen now may be trained later: what depends on it shows.
+        _parameters={
+            k: None if p is None else p.detach().clone().requires_grad_(p.is_floating_point())
+            for k, p in module._parameters.items()
+        },
+        training=True,
+    )
+    vars(shell).update({name: {} for name in vars(module) if name.endswith("_hooks")})
     vars(shell).pop("forward", None)  # Accelerate's, bound to the module itself
     if "config" in vars(shell):
         vars(shell)["config"] = _without_router_losses(vars(shell)["config"])
     return shell
+
+
+_PARTS = ("_modules", "_buffers", "_parameters", "_levelhead")
+
+
+def _copied(value: Any, memo: dict[int, Any], depth: int) -> Any:
+    """A copy of a container or an object of the user's, with those within it; tensors are cloned."""
+    if id(value) in memo or not depth:
+        return memo.get(id(value), value)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.clone()
+    of_users = is_of_users(type(value)) and hasattr(value, "__dict__")
+    known = isinstance(value, (dict, list, set, collections.deque))
+    if not known and (not of_users or isinstance(value, nn.Module)):
+        return value
+    try:
+        kept = memo[id(value)] = copy.copy(value)
+    except Exception:  # some cannot be: they may be changed
+        return value
+    if isinstance(value, list):
+        kept[:] = [_copied(part, memo, depth - 1) for part in value]
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            dict.__setitem__(kept, name, _copied(part, memo, depth - 1))
+    elif of_users:
+        vars(kept).update(_copied(vars(value), memo, depth))
+    return kept
 
 
 def _without_router_losses(config: Any) -> Any:

@@ -48,9 +48,7 @@ class LossHead(nn.Linear):
                 "labels of one call only. Use unpatch_model to train this model"
             )
         call.check_mode()
-        weight = (
-            self.weight
-        )  # read once, as by the layer itself: of a parametrised one each time is another
+        weight = self.weight  # read once, as by the layer itself: each reading may compute it anew
         call.loss = _head_loss(input, weight, self.bias, call)
         if call.keep_logits:
             logits = self._logits(input, weight)

@@ -23,7 +23,7 @@ def check_options(
     _check_positive("temperature", temperature)
     if softcap is not None:
         _check_positive("softcap", softcap)
-    if isinstance(eval_smoothing, Tensor):
+    if not _is_number(eval_smoothing):
         raise TypeError(f"eval_smoothing must be a number in [0, 1], got {_shown(eval_smoothing)}")
     check_smoothing("eval_smoothing", eval_smoothing)
     if not isinstance(eval_logits, bool):
@@ -45,8 +45,7 @@ def _check_positive(name: str, option: Any) -> None:
 
 def _value(name: str, option: Any, bounds: str) -> float | None:
     """The number that an option stands for; None for a tensor on the meta device, which has none."""
-    # Real numbers include those of numpy; but True is a mistake, and torch takes no fractions.
-    if type(option) is int or (isinstance(option, Real) and not isinstance(option, Rational)):
+    if _is_number(option):
         return float(option)
     if not isinstance(option, Tensor) or option.dim() or not option.is_floating_point():
         raise TypeError(
@@ -59,6 +58,11 @@ def _value(name: str, option: Any, bounds: str) -> float | None:
             f"not give it: it would never be trained. Pass {name}.detach()"
         )
     return None if option.is_meta else option.item()
+
+
+def _is_number(option: Any) -> bool:
+    # Real numbers include those of numpy; but True is a mistake, and torch takes no fractions.
+    return type(option) is int or (isinstance(option, Real) and not isinstance(option, Rational))
 
 
 def _shown(option: Any) -> str:

@@ -29,8 +29,9 @@ from .heads import class_path, inner_heads
 from .hollow import accepted
 from .loss_call import IGNORE_INDEX, LossCall, NoLoss, Objective, Shown, run, under_way
 from .loss_head import LossHead
-from .probe import HeadTransform, Probed, code_of, probe, watched
+from .probe import HeadTransform, Probed, code_of, probe, read_by
 from .probe_loss import loss_source
+from .reads import watched
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class PatchState:
     eval_smoothing: float
     eval_logits: bool
     objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
-    no_matter: frozenset[str] = frozenset()  # what changes in the model without effect on its loss
+    # What changes in the model without effect on its loss, by place and name.
+    no_matter: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def transform(self) -> HeadTransform:
@@ -310,7 +312,9 @@ def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchSta
             "with it"
         )
     # The compiler could not trace a probe; it guards on what the model's own forward reads.
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        _check_compiled(model, state)
+    else:
         state = _looked_at_again(model, state)
     known = state.probed.forward_arguments
     if known is not None:
@@ -333,22 +337,46 @@ def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchSta
     return state
 
 
+def _check_compiled(model: Any, state: PatchState) -> None:
+    """Refuse a loss of the user's own whose code reads what has changed, or what no compiler could watch."""
+    plain, other = state.probed.compiled_reads
+    for in_config, name, value in plain:
+        if getattr(model.config if in_config else model, name, None) != value:
+            other = name
+    if other is not None:
+        raise RuntimeError(
+            f"the loss of the patched {type(model).__name__} is not transformers' own, and in compiled code "
+            f"nothing tells whether {other}, which it can read, has changed. Call patch_model again if it "
+            "has; else let the loss read numbers of the model or its config alone, or do not compile it"
+        )
+
+
 def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     """The patch of a model, after another look at it if something has changed that its loss may depend on."""
     before = state.probed
-    found = watched(model, before.code[1]).items()
-    same = before.watched == {n: v for n, v in found if n not in state.no_matter}
-    if same and code_of(model) == before.code:
+    found = watched(model)
+    if (
+        (found == before.watched or _flat(found, state) == _flat(before.watched, state))
+        and code_of(model) == before.code
+        and (before.reads is None or before.reads == read_by(model, state.transform, before.code))
+    ):
         return state
     probed = probe(model)
-    # What changes from step to step without effect, such as a count of steps, is no reason to look again.
+    # What changes from step to step without effect, such as a count of steps, is no reason to look again. What
+    # the code of a loss reads may have an effect later.
     no_matter = state.no_matter
     if replace(probed, watched={}) == replace(before, watched={}):
-        no_matter |= {n for n, v in probed.watched.items() if before.watched.get(n, v) != v}
-    kept = {n: v for n, v in probed.watched.items() if n not in no_matter}
-    state = replace(state, probed=replace(probed, watched=kept), no_matter=no_matter)
+        old, new = _flat(before.watched, state), _flat(probed.watched, state)
+        no_matter |= {n for n, v in new.items() if old.get(n, v) != v}
+    state = replace(state, probed=probed, no_matter=no_matter)
     vars(model)["_levelhead"] = state
     return state
+
+
+def _flat(found: dict[str, dict[str, Any]], state: PatchState) -> dict[tuple[str, str], Any]:
+    """What was watched, by place and name, but what does not matter."""
+    flat = {(place, name): v for place, kept in found.items() for name, v in kept.items()}
+    return {name: v for name, v in flat.items() if name not in state.no_matter}
 
 
 # Patched models that have warned of a training call without labels, and of one in eval mode.
@@ -382,8 +410,8 @@ def _warn_of_compiled_eval_mode(name: str) -> None:
 
 def _eval_mode(name: str) -> str:
     return (
-        f"the patched {name} was called with labels in eval mode, with gradients enabled: its loss can "
-        "be trained on, so it is smoothed, and there are no logits. To train, call model.train() first; "
+        f"the patched {name} was called with labels in eval mode, with gradients enabled: that "
+        "counts as training, so its loss is smoothed, and there are no logits. To train, call model.train() first; "
         "to evaluate, use torch.no_grad()"
     )
 

@@ -11,15 +11,17 @@ whatever is not a scale, a cap and a cut is refused. What the loss makes of it: 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .heads import linear_heads, original_class, path_of_head, refusal
-from .hollow import HollowRun, normal, run_hollow, version
+from .hollow import HollowRun, is_builtin, normal, run_hollow
 from .probe_loss import (
+    few_labels,
     forward_arguments,
     loss_function,
     loss_options,
@@ -29,6 +31,7 @@ from .probe_loss import (
     shifts_labels_itself,
     takes_shift_labels,
 )
+from .reads import reads, watched, when_compiled
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Probed:
         transform: what it does with the output of its head.
         watched: what that may depend on and may be changed, as of `watched`.
         code: the forward and the loss function themselves.
+        reads: what a loss that is the user's own may read, as of `reads`; None: it is transformers' own.
+        compiled_reads: what of that a compiler can watch, and where something is that it cannot.
         loss_source: where its loss function comes from, as of `loss_source`.
         loss_options: arguments by which that changes the loss that the patch does not know; None: any.
         takes_shift_labels: whether its loss counts `shift_labels`, where it is given them.
@@ -78,8 +83,10 @@ class Probed:
     """
 
     transform: HeadTransform
-    watched: dict[str, Any]
+    watched: dict[str, dict[str, Any]]
     code: tuple[Any, Any]
+    reads: dict[str, Any] | None
+    compiled_reads: tuple[list[tuple[bool, str, Any]], str | None]
     loss_source: tuple[Any, str | None]
     loss_options: frozenset[str] | None
     takes_shift_labels: bool
@@ -93,12 +100,30 @@ def probe(model: Any) -> Probed:
     Raises:
         ValueError: the patch could not reproduce it.
     """
+    # Code around this may be compiled, and a compiler knows nothing of stubs. To ask for it takes a second, at first.
+    compiled = "torch._dynamo" in sys.modules
+    run: Any = torch.compiler.disable(_probe) if compiled else _probe  # type: ignore[no-untyped-call]
+    return cast(Probed, run(model))
+
+
+def _probe(model: Any) -> Probed:
+    code = code_of(model)
+    before = [None if is_builtin(function) else reads(model, function) for function in code]
     transform = probe_head(model)
-    function = loss_function(model)
+    found = before[not transform.own_loss]
+    if found is not None and found != read_by(model, transform, code):
+        raise refusal(
+            model,
+            "the code of its loss changes what it reads, such as a count of its calls, and the patch does not call it",
+            "Change that outside of the loss, or train this model without the patch",
+        )
+    function = code[1]
     return Probed(
         transform,
-        watched(model, function),
-        code_of(model),
+        watched(model),
+        code,
+        found,
+        when_compiled(found or {}),
         loss_source(model),
         loss_options(function),
         takes_shift_labels=not transform.own_loss and takes_shift_labels(function),
@@ -107,38 +132,14 @@ def probe(model: Any) -> Probed:
     )
 
 
+def read_by(model: Any, transform: HeadTransform, code: tuple[Any, Any]) -> dict[str, Any]:
+    """What a loss that is the user's own may read, as of `reads`: the forward, or the loss function."""
+    return reads(model, code[not transform.own_loss])
+
+
 def code_of(model: Any) -> tuple[Any, Any]:
     """The forward of the class of a model, and its loss function: someone may replace them there, too."""
     return original_class(model).forward, loss_function(model)
-
-
-_SIMPLE = (int, float, bool, str, type(None))
-
-
-def watched(model: Any, function: Any) -> dict[str, Any]:
-    """What of a model may change what it does with its logits: simple values, lists of them, and tensors.
-
-    Those in its config and the configs within it, those that it keeps itself, and those of its loss function,
-    if that is an object with some. Of a tensor, which it is and how often it was changed.
-    """
-    found: dict[str, Any] = {}
-    places: list[tuple[str, Any]] = [
-        ("config.", model.config),
-        ("", model),
-        ("loss_function.", function),
-    ]
-    for place, holder in places:  # grows
-        for name, value in getattr(holder, "__dict__", {}).items():
-            if type(value) in _SIMPLE:
-                if name != "training":
-                    found[place + name] = value
-            elif type(value) in (list, tuple) and all(type(v) in _SIMPLE for v in value):
-                found[place + name] = tuple(value)
-            elif isinstance(value, Tensor):
-                found[place + name] = id(value), version(value)
-            elif hasattr(value, "to_diff_dict"):
-                places.append((f"{place}{name}.", value))
-    return found
 
 
 def probe_head(model: nn.Module) -> HeadTransform:
@@ -156,7 +157,7 @@ def probe_head(model: nn.Module) -> HeadTransform:
     """
     (head, *_), path = linear_heads(model), path_of_head(model)
     with torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
-        labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
+        labels = few_labels(head.out_features)
         z = _head_outputs(*labels.shape, head.out_features)
         hidden = normal(*labels.shape, head.in_features, seed=0)
         run = run_hollow(model, path, z, hidden, labels)
@@ -165,8 +166,8 @@ def probe_head(model: nn.Module) -> HeadTransform:
         scale, softcap, vocab_size = _explain(model, run.logits, z)
         transform = HeadTransform(scale, softcap, vocab_size)
 
-        small = normal(*labels.shape, head.out_features, seed=2)
-        other = normal(*labels.shape, head.in_features, seed=1)
+        small = normal(*labels.shape, head.out_features, seed=2).requires_grad_()
+        other = normal(*labels.shape, head.in_features, seed=1).requires_grad_()
         _check_hidden(model, transform, run_hollow(model, path, small, other, labels), small)
         shift = (shifts_labels_itself if own_loss else shifts_labels)(
             model, path, head, vocab_size or head.out_features
@@ -194,6 +195,16 @@ def _check_hidden(model: nn.Module, transform: HeadTransform, run: HollowRun, z:
             model,
             "its logits depend on more than the output of its head, such as the hidden states",
             "Only a scale, a softcap and a cut of the vocabulary after the head can be patched",
+        )
+    (wanted,) = torch.autograd.grad(want.sum(), z)
+    if run.logits.requires_grad:
+        run.logits.sum().backward()  # not torch.autograd.grad, with which reentrant checkpoints do not go
+    slope = z.grad
+    if slope is None or (slope - wanted).abs().max() > 1e-3 * wanted.abs().max():
+        raise refusal(
+            model,
+            "the gradient of its logits does not reach the output of its head as it is",
+            "Train this model without the patch",
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import original_class, path_of_head, refusal
-from .hollow import HollowRun, is_builtin, is_mapping, normal, output_field, run_hollow
+from .hollow import (
+    HollowRun,
+    is_builtin,
+    is_mapping,
+    is_of_users,
+    normal,
+    output_field,
+    run_hollow,
+)
 
 _REMEDY = "The patch would replace its loss by one that differs; train it without the patch"
 
@@ -39,7 +49,7 @@ def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bo
         raise refusal(model, "the labels do not reach its loss_function unchanged", _REMEDY)
     logits = normal(*labels.shape, vocab_size, seed=3).float()
 
-    def loss(num_items: int | None) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, num_items: int | None = None) -> Tensor:
         options = run.options | {"num_items_in_batch": num_items}
         try:
             got = function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
@@ -52,11 +62,17 @@ def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bo
             )
             raise refusal(model, reason, remedy) from error
 
-    shift = _shifts(model, loss(None), logits, labels)
+    shift = _shifts(model, loss(logits, labels), logits, labels)
     want = _cross_entropy(logits, labels, shift, reduction="sum") / 4
-    if not torch.allclose(loss(4).double(), want, rtol=1e-5):
-        reason = f"its loss_function gives {loss(4):.6g} for 4 items where the cross-entropy is {want:.6g}"
+    got = loss(logits, labels, 4)
+    if not torch.allclose(got.double(), want, rtol=1e-5):
+        reason = (
+            f"its loss_function gives {got:.6g} for 4 items where the cross-entropy is {want:.6g}"
+        )
         raise refusal(model, reason, _REMEDY)
+    if not is_builtin(function):
+        few = _labels(model, vocab_size, _TOKENS)
+        _check_far(model, lambda z: (loss(z.float(), few), z), few, shift, vocab_size, vocab_size)
     return shift
 
 
@@ -82,8 +98,49 @@ def shifts_labels_itself(model: Any, path: str, head: nn.Linear, vocab_size: int
         )
         raise refusal(model, reason, _REMEDY)
     shift = _shifts(model, loss, run.logits, labels)
-    _check_same_inputs(model, run.inputs, _run(model, path, head, labels, withheld=True).inputs)
+    withheld = _run(model, path, head, labels, withheld=True)
+    _check_same_inputs(model, run.inputs, withheld.inputs)
+    if not builtin:
+        _check_same_state(model, run, withheld, _run(model, path, head, labels))
+        few = _labels(model, vocab_size, _TOKENS)
+        hidden = normal(*few.shape, head.in_features, seed=7)
+
+        def again(z: Tensor) -> tuple[Any, Any]:
+            far = run_hollow(model, path, z, hidden, few)
+            return output_field(far.output, "loss"), far.logits
+
+        _check_far(model, again, few, shift, vocab_size, head.out_features)
     return shift
+
+
+def _check_far(
+    model: Any,
+    loss: Callable[[Tensor], tuple[Any, Any]],
+    labels: Tensor,
+    shift: bool,
+    vocab_size: int,
+    width: int,
+) -> None:
+    """Refuse a loss of the user's that is the cross-entropy of usual logits alone, or has another gradient.
+
+    It may bound logits or losses, or leave out tokens that are far off, or right already. `loss` gives, for the
+    output of a head, (B, T, `width`), the loss and the logits that it is of.
+    """
+    target = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift else labels
+    right = F.one_hot(target.clamp(min=0), width)
+    z = normal(*labels.shape, width, seed=8)
+    for numbers in (100 * z, z + (math.log(vocab_size) + 5) * right):
+        leaf = numbers.requires_grad_()
+        got, logits = loss(leaf)
+        want = _cross_entropy(logits, labels, shift, "mean")
+        near = torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)  # float32 of logits of 20
+        if not near or not got.requires_grad:
+            reason = f"its loss is {got:.6g} where the cross-entropy is {want:.6g}"
+            raise refusal(model, reason, _REMEDY)
+        (wanted,) = torch.autograd.grad(want, leaf, retain_graph=True)
+        (slope,) = torch.autograd.grad(got, leaf, allow_unused=True)
+        if slope is None or (slope - wanted).abs().max() > 1e-3 * wanted.abs().max():
+            raise refusal(model, "the gradient of its loss is not that of a cross-entropy", _REMEDY)
 
 
 def returns_loss(model: Any, head: nn.Linear) -> bool:
@@ -122,12 +179,11 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
         moved = []
         for other in (-z.detach(), *(9.0 * z.detach().abs().amax() * hot for hot in right)):
             again = run_hollow(model, path, other, hidden, labels, past_loss=True)
-            there = _tensors(again)
-            moved += [
-                name
-                for name, value in _tensors(run).items()
-                if name not in there or not torch.equal(value, there[name])
-            ]
+            moved += _differences(_fields(run) | run.left, _fields(again) | again.left)
+        if moved:  # a time, say, moves anyway
+            again = run_hollow(model, path, z, hidden, labels, past_loss=True)
+            anyway = _differences(_fields(run) | run.left, _fields(again) | again.left)
+            moved = [name for name in moved if name not in anyway]
         if slope is not None and slope.any():
             moved.insert(0, "loss")
     if moved:
@@ -155,11 +211,17 @@ def _labels(model: Any, vocab_size: int, tokens: int) -> Tensor:
     first = list(dict.fromkeys([*special, 0, 1, vocab_size - 1]))
     others = torch.randperm(vocab_size, generator=generator)[: max(tokens - len(first), 2)]
     ids = torch.cat([torch.tensor(first), others])
-    half = -(-len(ids) // 2)
-    labels = torch.full((2, half + 2), -100)
-    labels[0, 1 : half + 1] = ids[:half]  # the label at 0 counts nowhere, where labels are shifted
-    labels[1, 2 : len(ids) - half + 2] = ids[half:]
+    most = -(-2 * len(ids) // 3)  # one row has more of them, or a mean of means would be right
+    labels = torch.full((2, most + 2), -100)
+    labels[0, 1 : most + 1] = ids[:most]  # the label at 0 counts nowhere, where labels are shifted
+    labels[1, 2 : len(ids) - most + 2] = ids[most:]
     return labels
+
+
+def few_labels(vocab_size: int) -> Tensor:
+    """Labels 0 and 1, and some ignored, (2, T): fewer for a large vocabulary, whose logits take memory."""
+    index = torch.arange(2 * min(64, max(8, 2**18 // vocab_size)))
+    return torch.where(index % 3 == 1, -100, index % 2).view(2, -1)
 
 
 def _special_tokens(config: Any) -> list[int]:
@@ -220,8 +282,8 @@ def _is_known(output: Any) -> bool:
     return is_tuple or is_mapping(output) or dataclasses.is_dataclass(output)
 
 
-def _tensors(run: HollowRun) -> dict[str, Tensor]:
-    """The tensors that a forward returned, by name, but its logits; and those that it left in the model."""
+def _fields(run: HollowRun) -> dict[str, Any]:
+    """What a forward returned, by name, but its logits."""
     output = run.output
     if is_mapping(output):
         fields = dict(output)
@@ -232,8 +294,56 @@ def _tensors(run: HollowRun) -> dict[str, Tensor]:
         fields = output._asdict()
     else:
         fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    fields = {name: value for name, value in fields.items() if name != "logits"} | run.left
-    return {k: v.detach() for k, v in fields.items() if isinstance(v, Tensor)}
+    return {name: value for name, value in fields.items() if name != "logits"}
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of what differs in the second of two dictionaries: numbers and tensors, and what holds them."""
+    return [name for name in one if name not in other or not _same(one[name], other[name], 8)]
+
+
+def _same(one: Any, other: Any, depth: int) -> bool:
+    if one is other or not depth or isinstance(one, nn.Module):
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or one.is_meta:
+            return one.shape == other.shape
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, (bool, int, float)) and isinstance(other, (bool, int, float)):
+        return one == other
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        parts = (_same(a, b, depth - 1) for a, b in zip(one, other, strict=False))
+        return len(one) == len(other) and all(parts)
+    if is_of_users(type(one)) and not isinstance(one, dict):
+        one, other = getattr(one, "__dict__", {}), getattr(other, "__dict__", {})
+    if isinstance(one, dict):
+        parts = (_same(part, other.get(name), depth - 1) for name, part in one.items())
+        return len(one) == len(other) and all(parts)
+    return True
+
+
+def _check_same_state(
+    model: nn.Module, own: HollowRun, withheld: HollowRun, again: HollowRun
+) -> None:
+    """Refuse a model of the user's that with labels does more than its loss, which then would not be done."""
+    asked = sorted(own.asked - withheld.asked)
+    if asked:
+        raise refusal(
+            model,
+            f"it computes its loss itself, and reads {asked[0]} for that, where a call may leave something",
+            "Give its logits and labels to self.loss_function and add the rest to what that returns, or train it "
+            "without the patch",
+        )
+    left = _differences(own.left, withheld.left)
+    left = [name for name in left if name not in _differences(own.left, again.left)]
+    if left:
+        raise refusal(
+            model,
+            f"it computes its loss itself, and with labels it also changes its {left[0]}, which the patch would not do",
+            "Give its logits and labels to self.loss_function, or train it without the patch",
+        )
 
 
 def _check_same_inputs(model: nn.Module, own: list[Any], withheld: list[Any]) -> None:
@@ -258,6 +368,8 @@ def _check_same_inputs(model: nn.Module, own: list[Any], withheld: list[Any]) ->
 def _shifts(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
     if loss.numel() != 1:
         raise refusal(model, f"its loss is of shape {tuple(loss.shape)} and no number", _REMEDY)
+    if loss.requires_grad:
+        raise refusal(model, "a trainable parameter acts on its loss", _REMEDY)
     wants = [_cross_entropy(logits, labels, shift, "mean").item() for shift in (True, False)]
     for shift, want in zip((True, False), wants, strict=True):
         if torch.allclose(loss.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5):
