@@ -185,3 +185,11 @@ def test_eval_logits_is_true_or_false(value, shown):
 def test_options_are_looked_at_before_the_model():
     with pytest.raises(TypeError, match="smoothing must be a number"):
         patch_model("gpt2", "0.1")
+
+
+def test_a_temperature_filled_with_what_is_none_is_refused_by_its_name():
+    temperature = torch.tensor(2.0)
+    model = patch_model(tiny(), temperature=temperature)
+    temperature.fill_(0.0)
+    with pytest.raises(ValueError, match="temperature must be a positive number, got 0"):
+        model(**batch())

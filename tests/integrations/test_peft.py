@@ -11,8 +11,9 @@ from levelhead.integrations.loss_head import LossHead
 peft = pytest.importorskip("peft")
 
 pytestmark = [
-    # Transformers 5.23 renames the property that PEFT 0.21 reads.
+    # Transformers 5.23 renames the property that PEFT 0.21 reads, 5.24 the argument that its prefix tuning gives.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
 ]
 

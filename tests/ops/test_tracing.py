@@ -95,7 +95,7 @@ TRACERS: dict[str, tuple[type[Exception], str, Callable[[Loss], Any]]] = {
     "linearize": (
         RuntimeError,
         "does not implement forward-mode differentiation",
-        lambda loss: linearize(lambda x: loss(x, *_tensors(7)[1:]), _tensors(7)[0]),
+        lambda loss: _linearised(loss, *_tensors(7)),
     ),
     "make_fx before dispatch": (
         RuntimeError,
@@ -103,6 +103,10 @@ TRACERS: dict[str, tuple[type[Exception], str, Callable[[Loss], Any]]] = {
         lambda loss: make_fx(grad(loss), pre_dispatch=True)(*_tensors(7)),
     ),
 }
+
+
+def _linearised(loss: Loss, x: Tensor, *others: Tensor) -> Any:
+    return linearize(lambda x: loss(x, *others), x)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")

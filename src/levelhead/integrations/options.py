@@ -20,9 +20,9 @@ def check_options(
         ValueError: one lies outside its range, or is a tensor that requires a gradient.
     """
     check_smoothing("smoothing", smoothing)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     if softcap is not None:
-        _check_positive("softcap", softcap)
+        check_positive("softcap", softcap)
     if not _is_number(eval_smoothing):
         raise TypeError(f"eval_smoothing must be a number in [0, 1], got {_shown(eval_smoothing)}")
     check_smoothing("eval_smoothing", eval_smoothing)
@@ -37,7 +37,8 @@ def check_smoothing(name: str, smoothing: Any) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value:g}; a common choice is 0.1")
 
 
-def _check_positive(name: str, option: Any) -> None:
+def check_positive(name: str, option: Any) -> None:
+    """Refuse what is no positive number; `name` is that of the argument."""
     value = _value(name, option, "above 0")
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value:g}")

@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import can_look
 from .callers import refuse_missing_logits, refuse_other_losses
 from .forward import forward_with_loss
 from .heads import class_path, inner_heads
 from .hollow import accepted
 from .loss_call import IGNORE_INDEX, LossCall, NoLoss, Objective, Shown, run, under_way
 from .loss_head import LossHead
+from .options import check_positive
 from .probe import HeadTransform, Probed, code_of, probe, read_by
 from .probe_loss import loss_source
 from .reads import watched
@@ -55,6 +57,8 @@ class PatchState:
 
     def training_transform(self) -> HeadTransform:
         """The model's own transform, then temperature and softcap."""
+        if isinstance(self.temperature, Tensor) and can_look(self.temperature):
+            check_positive("temperature", self.temperature)  # it may have been filled since
         own = self.transform.at_temperature(self.temperature)
         softcap: Any = self.softcap
         return own if softcap is None else replace(own, softcap=softcap)

@@ -98,18 +98,19 @@ def shifts_labels_itself(model: Any, path: str, head: nn.Linear, vocab_size: int
         )
         raise refusal(model, reason, _REMEDY)
     shift = _shifts(model, loss, run.logits, labels)
-    withheld = _run(model, path, head, labels, withheld=True)
-    _check_same_inputs(model, run.inputs, withheld.inputs)
+    few = _labels(model, vocab_size, _TOKENS)
+    own, again = (_run(model, path, head, few) for _ in range(2))
+    withheld = _run(model, path, head, few, withheld=True)
+    _check_same_inputs(model, own.inputs, withheld.inputs)
     if not builtin:
-        _check_same_state(model, run, withheld, _run(model, path, head, labels))
-        few = _labels(model, vocab_size, _TOKENS)
+        _check_same_state(model, own, withheld, again)
         hidden = normal(*few.shape, head.in_features, seed=7)
 
-        def again(z: Tensor) -> tuple[Any, Any]:
-            far = run_hollow(model, path, z, hidden, few)
-            return output_field(far.output, "loss"), far.logits
+        def far(z: Tensor) -> tuple[Any, Any]:
+            found = run_hollow(model, path, z, hidden, few)
+            return output_field(found.output, "loss"), found.logits
 
-        _check_far(model, again, few, shift, vocab_size, head.out_features)
+        _check_far(model, far, few, shift, vocab_size, head.out_features)
     return shift
 
 
