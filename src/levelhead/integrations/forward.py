@@ -120,9 +120,15 @@ def _is_logits(call: LossCall, value: Any = None) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == call.logits.shape
 
 
+@functools.cache
+def _names(cls: Any) -> frozenset[str]:
+    """The fields of an output class."""
+    return frozenset(field.name for field in dataclasses.fields(cls))
+
+
 def _made(cls: Any, items: Mapping[str, Any]) -> Any:
     """An output of class `cls`, which may have no field for an item that a forward put into it."""
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = _names(cls)
     output = cls(**{name: items.get(name) for name in names})
     for name in items.keys() - names:
         output[name] = items[name]

@@ -84,11 +84,11 @@ def is_compiled() -> bool:
 
 def holds_stand_in(value: Any) -> bool:
     """Whether `value`, or something in it if it is a container, is made of a stand-in."""
+    if value is None or isinstance(value, Tensor):
+        return type(value) is StandIn
     if isinstance(value, dict):
         value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return any(holds_stand_in(item) for item in value)
-    return isinstance(value, StandIn)
+    return isinstance(value, (tuple, list)) and any(map(holds_stand_in, value))
 
 
 NO_LOGITS = (
