@@ -184,6 +184,17 @@ class _Call:
         return (self.z.argmax(-1) == self.labels).double().mean()
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.ones_like(ctx.saved_tensors[0])
+
+
 MORE = {
     "z loss": lambda c: c.add(c.z.logsumexp(-1).pow(2).mean()),
     "z loss in place": lambda c: c.out["loss"].add_(c.z.logsumexp(-1).mean()),
@@ -199,10 +210,12 @@ MORE = {
     "array": lambda c: c.out.update(top=c.z.argmax(-1).numpy()),
     "list": lambda c: c.out.update(top=[row.tolist() for row in c.z]),
     "kept number": lambda c: setattr(c.model, "last", float(c.z.detach().amax())),
+    "kept": lambda c: setattr(c.model, "last", c.correct()),
     "kept in a tensor": lambda c: c.model.seen.copy_(c.z.detach().amax()),
     "kept in an entry": lambda c: c.model.seen.__setitem__(..., c.z.detach().amax()),
     "logits within": lambda c: c.out.update(outputs={"logits": c.z}),
     "later tokens": lambda c: c.out.update(last=c.z[:, 1:].sum()),
+    "function of its own": lambda c: c.add(_Sum.apply(c.z)),
 }
 
 
@@ -241,6 +254,15 @@ def test_whatever_a_call_makes_of_the_logits_is_refused(more, copied, when):
     assert model.seen == 0
     assert torch.equal(model(**batch())["loss"], want)
     model(**batch(), asked=True, skip_logits=False)
+
+
+def test_a_term_made_by_transforms_of_torch_func_is_refused_after_the_loss():
+    """Which stand-ins do not survive; but their numbers are NaN then."""
+    slope = torch.func.grad(lambda z: z.logsumexp(-1).pow(2).mean())
+    for term in (slope, torch.func.vmap(lambda z: z.logsumexp(-1))):
+        model = _making(lambda c, term=term: c.add(term(c.z).sum()))
+        with pytest.raises(RuntimeError, match="its loss depends on them"):
+            model(**batch(), asked=True)
 
 
 def test_whatever_a_call_without_logits_in_eval_mode_makes_of_them_is_refused():

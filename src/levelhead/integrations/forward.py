@@ -53,6 +53,9 @@ def forward_with_loss(
             f"({type(error).__name__}: {error}). In training its logits are a stand-in for one token: if "
             "it needs them all, call it with skip_logits=False"
         ) from error
+    finally:
+        if not torch.compiler.is_compiling():
+            _forget(model)
 
 
 def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None) -> Any:
@@ -69,7 +72,7 @@ def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None
         call.check_returned(loss)
     drop = not call.keep_logits
     if drop and not torch.compiler.is_compiling():
-        _refuse_more(output)
+        _refuse_more(model, output)
     if type(output) is tuple:
         return (loss, *output[2 if drop and _is_logits(call, *output[1:2]) else 1 :])
     if is_mapping(output):
@@ -96,8 +99,18 @@ def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None
     return output if return_dict else output.to_tuple()
 
 
-def _refuse_more(output: Any) -> None:
-    """Refuse an output in which something but its loss and logits is made of the logits."""
+def _forget(model: Any) -> list[str]:
+    """Take what is made of the logits off a model that has kept it; the names that it was kept by."""
+    names = [name for name, value in vars(model).items() if isinstance(value, StandIn)]
+    for name in names:
+        vars(model)[name] = None
+    return names
+
+
+def _refuse_more(model: Any, output: Any) -> None:
+    """Refuse a model that keeps or returns more than its loss and logits that is made of the logits."""
+    for name in _forget(model):
+        raise no_logits(f"its {name} depends on them")
     if isinstance(output, Mapping):
         fields = vars(output) | dict(output) if hasattr(output, "__dict__") else output
     elif type(output) is tuple:

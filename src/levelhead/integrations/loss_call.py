@@ -240,13 +240,19 @@ class LossCall:
         loss: Any = self.loss
         self.returned = loss + anchor
         self.handed_version = version(self.returned)
-        if self.keep_logits or type(mark(logits)) is StandIn:
+        if self.keep_logits:
             return self.returned
-        # What the model makes of its logits from here on is NaN, and no number that could be taken for one.
-        # No gradient comes to the head from here, so none is NaN; but anomaly detection looks further.
+        mark(logits)
+        # What the model makes of its logits from here on is NaN, too, for what does not follow stand-ins: compiled
+        # code, torch.jit.script. No gradient comes to the head from here, so none is NaN; but anomaly
+        # detection looks further.
         if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
-            for tensor in (logits, self.answer[0]):
-                if type(tensor) is Tensor:  # no DTensor, and not while torch.export records
+            answer = self.answer[0]
+            for tensor in (logits,) if logits is answer else (logits, answer):
+                if type(tensor) in (
+                    Tensor,
+                    StandIn,
+                ):  # no DTensor, and not while torch.export records
                     tensor.data.fill_(torch.nan)
         return self.returned
 
@@ -294,8 +300,8 @@ class LossCall:
         untouched = loss is self.returned and version(loss) == self.handed_version
         if untouched or self.keep_logits or self.loss is None or not isinstance(loss, Tensor):
             return
-        is_nan = can_look(loss) and bool(loss.isnan()) and not bool(self.loss.isnan())
-        if is_nan and type(self.logits) is not StandIn:
+        is_nan = can_look(loss) and bool(loss.isnan().any()) and not bool(self.loss.isnan())
+        if is_nan:
             raise no_logits("its loss depends on them")
         if self.kept and is_compiled():
             raise ChangedError(

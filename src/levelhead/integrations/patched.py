@@ -406,10 +406,13 @@ def _warn_of_eval_mode(model: nn.Module) -> None:
         _warn_once(_warned_of_mode, model, _eval_mode(type(model).__name__))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_of_compiled_eval_mode(name: str) -> None:
     """Warn while a call is compiled, which calls this then, and not later."""
     warnings.warn(_eval_mode(name), stacklevel=2)
+
+
+# What torch.compiler.assume_constant_result does, which loads the whole compiler.
+_warn_of_compiled_eval_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _eval_mode(name: str) -> str:
