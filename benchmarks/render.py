@@ -247,7 +247,7 @@ def _engines() -> list[tuple[str, list[str], str]]:
         what, _, stage = name.partition("ZeRO-")
         stages.setdefault(what.removesuffix(", "), []).extend(stage)
     deepspeed = [f"{what} ZeRO {'/'.join(on)}" if on else what for what, on in stages.items()]
-    prepared = [*accelerate_worker.SCENARIOS, *accelerate_worker.DEEPSPEED]
+    prepared = accelerate_worker.SCENARIOS
     kinds = ("DDP", "FSDP2", "ZeRO")
     accelerate = [name for name in prepared if name.startswith(kinds) and "prepared" not in name]
     scenarios = {

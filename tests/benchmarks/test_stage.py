@@ -162,7 +162,7 @@ import sys
 from pathlib import Path
 from benchmarks import gpu_tests, stage
 
-gpu_tests.TINY, gpu_tests.WORKERS = [sys.argv[2]], 1
+gpu_tests.TINY, gpu_tests.WORKERS = ["--rootdir", *sys.argv[1:3]], 1
 stage.SECONDS = -1
 some = stage.Stage(Path(sys.argv[1]), "some", tiny=True)
 some.begin(["test_some.py::test_passed_before"])

@@ -176,8 +176,8 @@ def test_rounded_log_probabilities_of_the_whole_vocabulary_are_no_sum_above_one(
             TypeError,
             "must hold integer ids, got torch.bool",
         ),
-        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
-        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an int, got 0.5"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got 0.5"),
         (
             {"teacher_log_probs": torch.zeros(1, 3)},
             ValueError,

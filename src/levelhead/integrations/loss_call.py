@@ -246,7 +246,8 @@ class LossCall:
         # What the model makes of its logits from here on is NaN, too, for what does not follow stand-ins: compiled
         # code, torch.jit.script. No gradient comes to the head from here, so none is NaN; but anomaly
         # detection looks further.
-        if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
+        # And torch.vmap has no such access.
+        if torch.compiler.is_compiling() or not (torch.is_anomaly_enabled() or _is_batched(part)):
             answer = self.answer[0]
             for tensor in (logits,) if logits is answer else (logits, answer):
                 if type(tensor) in (

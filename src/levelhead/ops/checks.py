@@ -47,8 +47,8 @@ def check_tensor(name: str, tensor: Any) -> None:
 def _cure(value: Any) -> str:
     if isinstance(value, torch.fx.Proxy):
         return (
-            "so that torch.fx.symbolic_trace does not look inside, name the function that was called: "
-            'torch.fx.wrap("linear_cross_entropy") beside `from levelhead import linear_cross_entropy`; or use '
+            'so that torch.fx.symbolic_trace does not look inside, name the function: torch.fx.wrap("linear_cross_'
+            'entropy") beside `from levelhead import linear_cross_entropy`, and others likewise; or use '
             "torch.export.export"
         )
     if hasattr(value, "__array__"):
