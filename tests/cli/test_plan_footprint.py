@@ -66,9 +66,18 @@ def predicted(problem, formula):
     return footprint.peak(Method("", formula), problem).total
 
 
+def about(peak, problem, **tolerance):
+    """What a peak may be by a formula."""
+    peaks = [peak]
+    if problem.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        # Without instructions for bfloat16 the library copies the logits' gradient, of some shapes, to multiply it.
+        peaks.append(peak - problem.dtype.itemsize * problem.logits)
+    return [pytest.approx(one, **tolerance) for one in peaks]
+
+
 def assert_exact(problem, loss, formula):
     want = measured(problem, loss)
-    assert predicted(problem, formula) == pytest.approx(want, rel=TOLERANCE, abs=VECTORS), problem
+    assert predicted(problem, formula) in about(want, problem, rel=TOLERANCE, abs=VECTORS), problem
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -145,7 +154,7 @@ def test_label_smoother(problem):
 
     # One position a sequence is cut off, which matters in small problems.
     want = measured(problem, lambda *tensors: forward(*tensors)[0])
-    assert predicted(problem, footprint.label_smoother) == pytest.approx(want, rel=0.02)
+    assert predicted(problem, footprint.label_smoother) in about(want, problem, rel=0.02)
 
 
 def test_levelhead_triton(monkeypatch):
