@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LAWS = [f"tests/laws/{path.name}" for path in sorted((ROOT / "tests/laws").glob("test_*.py"))]
 
 
 @pytest.mark.parametrize(
     "tests",
     [
-        "tests/laws",
+        *LAWS,  # a process each, so that workers share them
         "tests/triton/interpreted.py",
         pytest.param("tests/triton/test_gpu_values.py", marks=pytest.mark.slow),
         pytest.param("tests/triton/test_gpu_edges.py", marks=pytest.mark.slow),
