@@ -245,17 +245,23 @@ class LossCall:
         mark(logits)
         # What the model makes of its logits from here on is NaN, too, for what does not follow stand-ins: compiled
         # code, torch.jit.script. No gradient comes to the head from here, so none is NaN; but anomaly
-        # detection looks further.
-        # And torch.vmap has no such access.
-        if torch.compiler.is_compiling() or not (torch.is_anomaly_enabled() or _is_batched(part)):
-            answer = self.answer[0]
-            for tensor in (logits,) if logits is answer else (logits, answer):
-                if type(tensor) in (
-                    Tensor,
-                    StandIn,
-                ):  # no DTensor, and not while torch.export records
-                    tensor.data.fill_(torch.nan)
+        # detection looks further, and torch.vmap has no such access.
+        answer, compiling = self.answer[0], torch.compiler.is_compiling()
+        if not compiling and (torch.is_anomaly_enabled() or _is_batched(part)):
+            return self.returned
+        if compiling and self._is_plain() and logits is not answer and logits.dtype == answer.dtype:
+            return (
+                self.returned
+            )  # a view from an earlier graph, as of a hook of ZeRO-3: no compiler changes it
+        for tensor in (logits,) if logits is answer else (logits, answer):
+            if type(tensor) in (Tensor, StandIn):  # no DTensor, and not while torch.export records
+                tensor.data.fill_(torch.nan)
         return self.returned
+
+    def _is_plain(self) -> bool:
+        """Whether the model's logits are what its head gives."""
+        own = self.own
+        return own.logit_scale == 1 and own.softcap is None and own.vocab_size is None
 
     def lead_through(self, anchor: Tensor) -> None:
         """Take up an anchor (), for other results than the loss: 0, but NaN where the loss is."""
@@ -264,9 +270,8 @@ class LossCall:
         """Whether the model did with the head's output what the probe has found: one token tells."""
         answer, before, sent = self.answer
         own = self.own
-        plain = own.logit_scale == 1 and own.softcap is None and own.vocab_size is None
         untouched = logits is answer and version(logits) == before
-        if plain and untouched and not torch.compiler.is_compiling():
+        if self._is_plain() and untouched and not torch.compiler.is_compiling():
             return True
         if sent is None:
             return True
