@@ -106,6 +106,7 @@ def test_what_is_missing_comes_with_the_way_to_install_it(monkeypatch, capsys):
         ("2.11.0", ""),
         ("2.15.3+cu132", ""),
         ("2.16.0a0+git1234", "; not among those tested, 2.11 to 2.15"),
+        ("2.16a0", "; not among those tested, 2.11 to 2.15"),
         ("3.0.0", "; not among those tested, 2.11 to 2.15"),
     ],
 )

@@ -126,9 +126,8 @@ def as_classes(name: str, values: Tensor, target: Any) -> Tensor:
     if classes.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch does not compare
         classes = classes.double()
     elif not classes.is_floating_point():
-        classes = (
-            classes.long()
-        )  # a number is wrapped around before it is compared with a narrow dtype
+        # Beside a narrow dtype torch wraps a number around before it compares.
+        classes = classes.long()
     _check_values(
         "target",
         classes,

@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def _remarked(package: str, version: str) -> str:
 
 def _release(version: str) -> list[int]:
     """Major and minor number: patches change nothing that a test would see."""
-    return [int(number) for number in version.split(".")[:2]]
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .hollow import is_mapping, output_field, withhold_labels
+from .hollow import is_mapping, output_field, output_fields, withhold_labels
 from .loss_call import LossCall, run
 from .stand_in import NO_LOGITS, ChangedError, NoLogits, StandIn, holds_stand_in, no_logits
 
@@ -111,15 +111,9 @@ def _refuse_more(model: Any, output: Any) -> None:
     """Refuse a model that keeps or returns more than its loss and logits that is made of the logits."""
     for name in _forget(model):
         raise no_logits(f"its {name} depends on them")
-    if isinstance(output, Mapping):
-        fields = vars(output) | dict(output) if hasattr(output, "__dict__") else output
-    elif type(output) is tuple:
-        names = ("loss", "logits", *map(str, range(2, len(output))))
-        fields = dict(zip(names, output, strict=False))
-    elif hasattr(output, "_asdict"):
-        fields = output._asdict()
-    else:
-        fields = {f.name: getattr(output, f.name, None) for f in dataclasses.fields(output)}
+    fields = output_fields(output)
+    if isinstance(output, Mapping):  # a ModelOutput may have attributes beside its items
+        fields = getattr(output, "__dict__", {}) | fields
     for name, value in fields.items():
         is_logits = name == "logits" and isinstance(value, StandIn) and value.dim() > 1
         if holds_stand_in(value) and not is_logits:

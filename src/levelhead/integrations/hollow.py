@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +150,18 @@ def output_field(output: Any, name: str) -> Any:
         position = ("loss", "logits").index(name)
         return output[position] if len(output) > position else None
     return getattr(output, name, None)
+
+
+def output_fields(output: Any) -> dict[str, Any]:
+    """All that a forward returned, by name; what follows loss and logits in a tuple by its position."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if type(output) is tuple:
+        names = ("loss", "logits", *map(str, range(2, len(output))))
+        return dict(zip(names, output, strict=False))
+    if hasattr(output, "_asdict"):
+        return dict(output._asdict())
+    return {f.name: getattr(output, f.name, None) for f in dataclasses.fields(output)}
 
 
 def version(tensor: Any) -> int | None:

@@ -20,6 +20,7 @@ from .hollow import (
     is_of_users,
     normal,
     output_field,
+    output_fields,
     run_hollow,
 )
 
@@ -285,16 +286,7 @@ def _is_known(output: Any) -> bool:
 
 def _fields(run: HollowRun) -> dict[str, Any]:
     """What a forward returned, by name, but its logits."""
-    output = run.output
-    if is_mapping(output):
-        fields = dict(output)
-    elif type(output) is tuple:
-        names = ("loss", "logits", *map(str, range(2, len(output))))
-        fields = dict(zip(names, output, strict=False))
-    elif hasattr(output, "_asdict"):
-        fields = output._asdict()
-    else:
-        fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    fields = output_fields(run.output)
     return {name: value for name, value in fields.items() if name != "logits"}
 
 

@@ -115,9 +115,8 @@ def distillation_loss(
             f"{tuple(input.shape)} is one token; use 'sum'"
         )
     head = (input, linear_weight, linear_bias, softcap, logit_scale, impl)
-    counts = (
-        teacher_ids[..., 0].long() != ignore_index
-    )  # a number would be made as narrow as the ids
+    # Beside a narrow dtype torch wraps a number around before it compares.
+    counts = teacher_ids[..., 0].long() != ignore_index
     losses = _losses(head, teacher_ids, teacher_log_probs, counts, normalisation)
     if reduction == "none":
         return losses
