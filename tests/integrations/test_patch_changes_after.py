@@ -106,6 +106,23 @@ def test_a_number_that_the_model_keeps_itself_counts():
     assert_same_training(patched, patched(**batch()).loss, plain, dense_loss(plain, **batch()))
 
 
+def test_a_list_of_the_config_changed_in_place_counts():
+    class Scaled(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None):
+            hidden = self.model(input_ids).last_hidden_state
+            logits = self.lm_head(hidden) * self.config.factors[0]
+            return self.loss_function(logits, labels, logits.shape[-1]), logits
+
+    plain, model = tiny(), tiny()
+    for scaled in (plain, model):
+        scaled.__class__, scaled.config.factors = Scaled, [2.0, 1.0]
+    patch_model(model, 0.0)
+    for factor in (2.0, 3.0, 3.0):
+        plain.config.factors[0] = model.config.factors[0] = factor
+        got, want = model(**batch())[0], plain(**batch())[0]
+        torch.testing.assert_close(got.float(), want)
+
+
 def test_what_is_looked_at_again_is_refused_if_it_cannot_be_served():
     model = patch_model(tiny())
     model.config.vocab_size = 201

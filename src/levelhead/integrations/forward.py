@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .hollow import is_mapping, output_field, output_fields, withhold_labels
+from .hollow import is_mapping, is_of_users, output_field, output_fields, withhold_labels
 from .loss_call import LossCall, run
 from .stand_in import NO_LOGITS, ChangedError, NoLogits, StandIn, holds_stand_in, no_logits
 
@@ -35,32 +35,27 @@ def forward_with_loss(
         given["labels"] = call.labels
     try:
         return _with_loss(model, call, run(call, forward, model, **given), return_dict)
-    except ChangedError:
-        raise
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if call.loss is None or call.keep_logits or out_of_memory:
+    except Exception as error:
+        if not torch.compiler.is_compiling():
+            _forget(model)
+        ours = isinstance(error, (ChangedError, torch.OutOfMemoryError))
+        if ours or not isinstance(error, _OF_LOGITS) or call.loss is None or call.keep_logits:
             raise
         raise RuntimeError(
             f"the forward of the patched {type(model).__name__} failed after its head "
             f"({type(error).__name__}: {error}). In training its logits are a stand-in for one token: if "
             "it needs them all, call it with skip_logits=False"
         ) from error
-    finally:
-        if not torch.compiler.is_compiling():
-            _forget(model)
+
+
+# What a forward raises that stumbles over logits of one token.
+_OF_LOGITS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None) -> Any:
     """What a forward returned, with its loss, and with logits only if they are kept."""
-    if call.own.own_loss:
+    own_loss = call.own.own_loss
+    if own_loss:
         loss = call.hand_back(output_field(output, "logits"))
     else:
         loss = output_field(output, "loss")
@@ -86,22 +81,24 @@ def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None
         if hasattr(output, "_replace"):
             return output._replace(**changes)
         return dataclasses.replace(output, **changes)
-    # Rebuilt, because setting a field of a ModelOutput to None leaves it among the items.
-    fields = dict(output) | {"loss": loss}
-    cls = type(output)
+    made: Any = output
     if torch.compiler.is_compiling():
-        output = cls(**fields | ({"logits": None} if drop else {}))
+        fields = dict(made) | {"loss": loss}
+        made = type(made)(**fields | ({"logits": None} if drop else {}))
     else:
-        fields = vars(output) | fields
-        output = _without_logits(cls, fields) if drop else _made(cls, fields)
+        if own_loss:
+            made["loss"] = loss
+            made.move_to_end("loss", last=False)
+        if drop:
+            made = _drop_logits(made)
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
-    return output if return_dict else output.to_tuple()
+    return made if return_dict else made.to_tuple()
 
 
 def _forget(model: Any) -> list[str]:
     """Take what is made of the logits off a model that has kept it; the names that it was kept by."""
-    names = [name for name, value in vars(model).items() if isinstance(value, StandIn)]
+    names = [name for name, value in vars(model).items() if type(value) is StandIn]
     for name in names:
         vars(model)[name] = None
     return names
@@ -115,9 +112,14 @@ def _refuse_more(model: Any, output: Any) -> None:
     if isinstance(output, Mapping):  # a ModelOutput may have attributes beside its items
         fields = getattr(output, "__dict__", {}) | fields
     for name, value in fields.items():
-        is_logits = name == "logits" and isinstance(value, StandIn) and value.dim() > 1
-        if holds_stand_in(value) and not is_logits:
+        if holds_stand_in(value) and not (name == "logits" and _are_logits(value)):
             raise no_logits(f"its {name} depends on them")
+
+
+def _are_logits(value: Any) -> bool:
+    """Whether what is made of a stand-in may be the logits, and is not a number that a model calls so."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return type(value) is StandIn and value.dim() > 1
 
 
 def _is_logits(call: LossCall, value: Any = None) -> bool:
@@ -127,24 +129,24 @@ def _is_logits(call: LossCall, value: Any = None) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == call.logits.shape
 
 
-@functools.cache
-def _names(cls: Any) -> frozenset[str]:
-    """The fields of an output class."""
-    return frozenset(field.name for field in dataclasses.fields(cls))
-
-
-def _made(cls: Any, items: Mapping[str, Any]) -> Any:
-    """An output of class `cls`, which may have no field for an item that a forward put into it."""
-    names = _names(cls)
-    output = cls(**{name: items.get(name) for name in names})
-    for name in items.keys() - names:
-        output[name] = items[name]
+def _drop_logits(output: Any) -> Any:
+    """Make an output one that says where its logits are asked for that there are none."""
+    cls: Any = type(output)
+    looked = is_of_users(cls.__post_init__)
+    output.__class__ = _class_without_logits(cls)
+    output._drop_logits()
+    if looked:  # at the stand-in: it must stumble over its logits not being there
+        output.__post_init__()
     return output
 
 
 def _without_logits(cls: Any, items: Mapping[str, Any]) -> Any:
-    """An output of class `cls` that says where its logits are asked for that there are none."""
-    return _made(_class_without_logits(cls), {k: v for k, v in items.items() if k != "logits"})
+    """Such an output with these items, for copy and pickle."""
+    output = _class_without_logits(cls)()
+    for name, value in items.items():
+        if name != "logits" and value is not None:
+            output[name] = value
+    return output
 
 
 @functools.cache
@@ -153,11 +155,17 @@ def _class_without_logits(cls: Any) -> Any:
 
     def post_init(self: Any) -> None:
         if isinstance(vars(self).get("logits"), NoLogits):  # as dataclasses.replace gives it
-            OrderedDict.__delitem__(self, "logits")
+            drop_logits(self)
             vars(self)["logits"] = None
         cls.__post_init__(self)
         if vars(self).get("logits") is None:
-            vars(self)["logits"] = NoLogits()  # an attribute, and no item
+            drop_logits(self)
+
+    def drop_logits(self: Any) -> None:
+        # An attribute, and no item: setting a field of a ModelOutput to None would leave it among them.
+        if "logits" in self:
+            OrderedDict.__delitem__(self, "logits")
+        vars(self)["logits"] = NoLogits()
 
     def get_item(self: Any, key: Any) -> Any:
         if key == "logits" and key not in self:
@@ -170,6 +178,7 @@ def _class_without_logits(cls: Any) -> Any:
         "__doc__": cls.__doc__,
         "__post_init__": post_init,
         "__getitem__": get_item,
+        "_drop_logits": drop_logits,
         "__reduce__": lambda self: (_without_logits, (cls, vars(self))),
     }
     return type(cls.__name__, (cls,), namespace)

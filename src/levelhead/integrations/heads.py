@@ -144,10 +144,14 @@ def _embeddings(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def inner_heads(model: nn.Module) -> list[nn.Module]:
-    """What acts as output head of `model`, inside its wrappers."""
-    head = _embeddings(model)
-    return [] if head is None else list(_inner_heads(head))
+def inner_heads(model: nn.Module, path: str) -> list[nn.Module]:
+    """What acts as output head of `model`, inside its wrappers, where one was when `path_of_head` looked."""
+    head: Any = model
+    for name in path.split("."):
+        head = head._modules.get(name)
+        if head is None:
+            return []
+    return list(_inner_heads(head))
 
 
 def is_own_forward(module: nn.Module, forward: Any) -> bool:

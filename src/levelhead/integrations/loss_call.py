@@ -84,8 +84,9 @@ class LossCall:
     handed_version: int | None = None  # how often that had been changed in place
 
     def __post_init__(self) -> None:
-        shifted = self.target if self.shift_labels is None else self.shift_labels
-        self._given = _Given(self.labels), _Given(shifted)
+        self._labels = _Given(self.labels)
+        # Without shift_labels the model may make them, and they must be the targets, which nobody else holds.
+        self._shift_labels = None if self.shift_labels is None else _Given(self.shift_labels)
         self._mode = _mode()
 
     def loss_function(
@@ -105,10 +106,11 @@ class LossCall:
                 f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
                 "the vocabulary sizes of the model's config and its head agree"
             )
-        same = [self._given[0].reaches("labels", labels), self._same_items(options)]
+        same = [self._labels.reaches("labels", labels), self._same_items(options)]
         shifted = options.get("shift_labels")
-        if shifted is not None:  # the model may make them, where it does not shift
-            same.append(self._given[1].reaches("shift_labels", shifted))
+        if shifted is not None:
+            want = self._shift_labels or _Given(self.target)
+            same.append(want.reaches("shift_labels", shifted))
         elif self.shift_labels is not None:
             raise ChangedError(_edited("shift_labels", "by not passing them on"))
         return self.hand_back(logits, *same)
@@ -124,8 +126,9 @@ class LossCall:
         others = sorted(
             name
             for name, value in options.items()
-            if name not in LOSS_OPTIONS | _OUTPUT_OPTIONS
-            and value is not None
+            if value is not None
+            and name not in LOSS_OPTIONS
+            and name not in _OUTPUT_OPTIONS
             and (self.honoured is None or name in self.honoured)
         )
         if others or args:
@@ -195,12 +198,14 @@ class LossCall:
     def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
         """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
         count = (target != IGNORE_INDEX).sum() if self.num_items is None else self.num_items
-        if isinstance(count, Tensor):
-            count = count.to(target.device)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        items = torch.ones(target.shape, dtype=dtype, device=target.device) * count
+        if isinstance(count, Tensor):
+            items = count.to(target.device, dtype)
+        else:
+            items = torch.ones((), dtype=dtype, device=target.device) * count
         # No valid token means loss 0, where 0 / 0 would poison every rank with NaN.
-        return self.factor / items.where(items > 0, 1)
+        items = items.masked_fill(items <= 0, 1)
+        return (self.factor / items).expand(target.shape)
 
     def hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
         """The loss, for `logits` that are what the model made of the head's output.
@@ -216,6 +221,11 @@ class LossCall:
                 "resize_token_embeddings), or it ran in another thread. Undo that, or call patch_model again; "
                 "to train the head beside an adapter, list it in modules_to_save"
             )
+        self.logits = logits
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._hand_back(logits, *same)
+
+    def _hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
         # The stand-in is (1, 1, V). Logits that are kept are not asked for how many tokens they are of, which
         # torch.export would take for a constant.
         if not self.keep_logits and logits.shape[:-1].numel() != 1:
@@ -223,16 +233,11 @@ class LossCall:
                 f"the head answered for one token, and logits of shape {tuple(logits.shape)} reach the "
                 f"loss: the model treats some tokens apart from the others. {_CURE}"
             )
-        self.logits = logits
-        with torch._C.DisableTorchFunctionSubclass():
-            return self._hand_back(logits, *same)
-
-    def _hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
         # Adds nothing, but leads the backward pass through whatever became of the head's output:
         # FSDP and ZeRO gather the head's weight in hooks on that tensor.
         # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
         part: Tensor = logits.to_local() if is_dtensor(logits) else logits  # type: ignore[attr-defined]
-        anchor = 0.0 * part.reshape(-1)[:1].float().sum()
+        anchor = 0.0 * part.reshape(-1)[:1].sum()
         for expected in (self._as_probed(logits, part), *same):
             if isinstance(expected, Tensor):
                 anchor = anchor.masked_fill(~expected, torch.nan)

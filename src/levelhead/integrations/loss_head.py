@@ -62,11 +62,10 @@ class LossHead(nn.Linear):
             loss = whole.from_local(loss, whole.device_mesh, whole.placements)
             call.answer = loss, version(loss), None
             return loss
-        sent = _numbers(len(weight), call.loss.device, self._dtype_of(input))
+        sent, never = _numbers(len(weight), call.loss.device, self._dtype_of(input))
         # As many dimensions as logits have. Nothing of the loss but its place in the graph, of which no gradient comes.
-        never = torch.zeros((), dtype=torch.bool, device=sent.device)
-        stand_in = torch.where(never, call.loss.to(sent.dtype), sent.reshape(1, 1, -1))
-        call.answer = stand_in, version(stand_in), sent.reshape(1, -1)
+        stand_in = torch.where(never, call.loss.to(sent.dtype), sent)
+        call.answer = stand_in, version(stand_in), sent[0]
         return mark(stand_in)
 
     def _dtype_of(self, input: Tensor) -> torch.dtype:  # noqa: A002
@@ -85,21 +84,25 @@ class LossHead(nn.Linear):
         return F.linear(input, weight, self.bias) if own is None else own(input)
 
 
-def _numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers of both signs and of magnitudes 0.01 to 3000, (size,): no scale, cap, mask or cut of them goes unseen."""
+def _numbers(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers of both signs and of magnitudes 0.01 to 3000, (1, 1, size), and False, ().
+
+    No scale, cap, mask or cut of them goes unseen.
+    """
     if torch.compiler.is_compiling():
         return _new_numbers(size, device, dtype)
     return _kept_numbers(size, device, dtype)
 
 
-def _new_numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _new_numbers(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     index = torch.arange(size, device=device, dtype=torch.float32)
     magnitude = 10 ** (5.5 * (0.6180339 * index).frac() - 2)
-    return torch.where(index % 2 < 1, magnitude, -magnitude).to(dtype)
+    numbers = torch.where(index % 2 < 1, magnitude, -magnitude).to(dtype)
+    return numbers.view(1, 1, -1), torch.zeros((), dtype=torch.bool, device=device)
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_numbers(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _kept_numbers(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         return _new_numbers(size, device, dtype)
 

@@ -33,7 +33,7 @@ from .loss_head import LossHead
 from .options import check_positive
 from .probe import HeadTransform, Probed, code_of, probe, read_by
 from .probe_loss import loss_source
-from .reads import watched
+from .reads import is_as_seen, see, watched
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class PatchState:
         """The model's own transform, then temperature and softcap."""
         if isinstance(self.temperature, Tensor) and can_look(self.temperature):
             check_positive("temperature", self.temperature)  # it may have been filled since
-        own = self.transform.at_temperature(self.temperature)
+        own = self.transform
+        if isinstance(self.temperature, Tensor) or self.temperature != 1:
+            own = own.at_temperature(self.temperature)
         softcap: Any = self.softcap
         return own if softcap is None else replace(own, softcap=softcap)
 
@@ -299,7 +301,7 @@ def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchSta
             "its replicas without regard to how many labels each has; use "
             "torch.nn.parallel.DistributedDataParallel"
         )
-    for head in inner_heads(model):
+    for head in inner_heads(model, state.probed.head_path):
         if not isinstance(head, LossHead):
             raise RuntimeError(
                 f"the head of the patched {name} is of class {class_path(head)} now: it was replaced or "
@@ -358,9 +360,8 @@ def _check_compiled(model: Any, state: PatchState) -> None:
 def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     """The patch of a model, after another look at it if something has changed that its loss may depend on."""
     before = state.probed
-    found = watched(model)
     if (
-        (found == before.watched or _flat(found, state) == _flat(before.watched, state))
+        (is_as_seen(model) or _is_as_probed(model, state))
         and code_of(model) == before.code
         and (before.reads is None or before.reads == read_by(model, state.transform, before.code))
     ):
@@ -375,6 +376,15 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     state = replace(state, probed=probed, no_matter=no_matter)
     vars(model)["_levelhead"] = state
     return state
+
+
+def _is_as_probed(model: Any, state: PatchState) -> bool:
+    """Whether no number that matters has changed since the model was looked at."""
+    found, before = watched(model), state.probed.watched
+    same = found == before or _flat(found, state) == _flat(before, state)
+    if same:
+        see(model)
+    return same
 
 
 def _flat(found: dict[str, dict[str, Any]], state: PatchState) -> dict[tuple[str, str], Any]:

@@ -70,6 +70,7 @@ class Probed:
 
     Attributes:
         transform: what it does with the output of its head.
+        head_path: where its head is.
         watched: what that may depend on and may be changed, as of `watched`.
         code: the forward and the loss function themselves.
         reads: what a loss that is the user's own may read, as of `reads`; None: it is transformers' own.
@@ -83,6 +84,7 @@ class Probed:
     """
 
     transform: HeadTransform
+    head_path: str
     watched: dict[str, dict[str, Any]]
     code: tuple[Any, Any]
     reads: dict[str, Any] | None
@@ -120,6 +122,7 @@ def _probe(model: Any) -> Probed:
     function = code[1]
     return Probed(
         transform,
+        path_of_head(model),
         watched(model),
         code,
         found,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import functools
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +55,42 @@ def watched(model: Any) -> dict[str, dict[str, Any]]:
                 places.append((f"{place}{name}.", value))
         kept.pop("training", None)
     return found
+
+
+# Of each patched model what held the simple values when they were last seen to be what was probed, and copies of it.
+_seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, dict[str, Any]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def see(model: Any) -> None:
+    """Take down what `watched` looks at, for `is_as_seen`."""
+    _seen.pop(model, None)
+    seen = [(model, _copied(model))]
+    for holder, _ in seen:  # grows
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor):  # which is seen to be changed by its version only
+                return
+            if name != "generation_config" and hasattr(value, "to_diff_dict"):
+                seen.append((value, _copied(value)))
+    _seen[model] = seen
+
+
+def is_as_seen(model: Any) -> bool:
+    """Whether nothing that `watched` looks at has changed since `see`: in a few microseconds, and no for maybe."""
+    try:
+        for holder, kept in _seen[model]:
+            # Not vars, for which a config of transformers looks through its other names.
+            if object.__getattribute__(holder, "__dict__") != kept:
+                return False
+    except Exception:  # not seen, or a comparison of something of the user's own, such as an array
+        return False
+    return True
+
+
+def _copied(holder: Any) -> dict[str, Any]:
+    """The attributes of an object, of which lists and the like may change in place."""
+    return {k: copy.copy(v) if type(v) in _CONTAINERS else v for k, v in vars(holder).items()}
 
 
 def reads(model: Any, code: Any) -> dict[str, Any]:

@@ -122,9 +122,8 @@ def linear_cross_entropy(
     if reduction == "mean":
         total = weight.sum()
         nothing = total == 0
-        total = total.where(
-            total.isfinite(), torch.nan
-        )  # w / inf would be 0: a loss without its tokens
+        if token_weight is not None:
+            total = total + (total - total)  # NaN for inf, by which a weight would become 0
         weight = weight / total.masked_fill(nothing, torch.inf)
     if not in_range:  # nobody has looked: where the target is no id at all, the loss is NaN
         valid = ids.where(
@@ -449,7 +448,7 @@ def _token_weight(token_weight: Tensor | None, counts: Tensor, dtype: torch.dtyp
     """Return each token's weight (N,), 0 where ignored."""
     if token_weight is None:
         return counts.to(dtype)
-    return token_weight.reshape(-1).to(dtype).where(counts, 0)
+    return token_weight.reshape(-1).to(dtype).masked_fill(~counts, 0)
 
 
 def _smoothing(label_smoothing: float | Tensor, weight: Tensor, counts: Tensor) -> Tensor | None:

@@ -108,14 +108,14 @@ def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 
 def any_dtensor(*tensors: object) -> bool:
     """Return whether one of the tensors is a DTensor, without importing what defines it."""
-    # Where nothing has imported it, nothing can be one.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+    return any(map(is_dtensor, tensors))
 
 
 def is_dtensor(tensor: object) -> bool:
     """Return whether a tensor is a DTensor, without importing what defines it."""
-    return any_dtensor(tensor)
+    # Where nothing has imported it, nothing can be one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
 def is_sharded(linear_weight: Tensor) -> bool:
     """Return whether a head is a DTensor that is not the same on all ranks."""
     linear_weight = unwrapped(linear_weight)
-    return any_dtensor(linear_weight) and not all(
+    return is_dtensor(linear_weight) and not all(
         placement.is_replicate()
         for placement in linear_weight.placements  # type: ignore[attr-defined]
     )
@@ -360,8 +360,12 @@ def check_target_range(target: Tensor, vocabulary: int, ignore_index: int) -> bo
         return False
     # Of a batch, the whole. Beside a narrow dtype a number is wrapped around before it is compared.
     target = unwrapped(target).long()
-    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    if outside.any():
+    if not target.numel():
+        return True
+    ids = target.masked_fill(target == ignore_index, 0)
+    least, most = ids.aminmax()
+    if least.item() < 0 or most.item() >= vocabulary:
+        outside = (ids < 0) | (ids >= vocabulary)
         position = tuple(outside.nonzero()[0].tolist())
         raise IndexError(
             f"target{list(position)} is {target[position].item()}, outside [0, {vocabulary}) and not "

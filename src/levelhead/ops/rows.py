@@ -16,17 +16,20 @@ class Rows:
     def __init__(self, keep: Tensor) -> None:
         self._keep = keep
         self._index = keep.nonzero().squeeze(1) if _can_leave_out(keep) else None
+        self._all_count = self._index is not None and len(self._index) == len(keep)
 
     def take(self, tensor: Tensor, fill: float = 0) -> Tensor:
         """Return the rows of ``tensor`` that count; those that must stay all the same hold ``fill``."""
+        if self._all_count:
+            return tensor
         if self._index is None:
             others = ~self._keep.view(-1, *(1,) * (tensor.dim() - 1))
             return tensor.masked_fill(others, fill)
-        return tensor if len(self._index) == len(self._keep) else tensor[self._index]
+        return tensor[self._index]
 
     def put(self, tensor: Tensor) -> Tensor:
         """Return the full batch, with zeros in the rows that don't count: the inverse of :meth:`take`."""
-        if self._index is None or len(self._index) == len(self._keep):
+        if self._index is None or self._all_count:
             return tensor
         full = tensor.new_zeros(len(self._keep), *tensor.shape[1:])
         return full.index_copy_(0, self._index, tensor)
