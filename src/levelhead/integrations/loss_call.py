@@ -99,13 +99,6 @@ class LossCall:
                 "the labels of one only. Use unpatch_model to train this model"
             )
         self._check_options(args, options)
-        # A tensor-parallel head answers with one number: its logits lie on several ranks.
-        one_number = self.answer is None or self.answer[2] is None
-        if isinstance(vocab_size, int) and vocab_size != logits.shape[-1] and not one_number:
-            raise ChangedError(
-                f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
-                "the vocabulary sizes of the model's config and its head agree"
-            )
         same = [self._labels.reaches("labels", labels), self._same_items(options)]
         shifted = options.get("shift_labels")
         if shifted is not None:
@@ -113,7 +106,7 @@ class LossCall:
             same.append(want.reaches("shift_labels", shifted))
         elif self.shift_labels is not None:
             raise ChangedError(_edited("shift_labels", "by not passing them on"))
-        return self.hand_back(logits, *same)
+        return self.hand_back(logits, *same, vocab_size=vocab_size)
 
     def _check_options(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Refuse what the model's own loss would honour, and this one does not."""
@@ -207,12 +200,15 @@ class LossCall:
         items = items.masked_fill(items <= 0, 1)
         return (self.factor / items).expand(target.shape)
 
-    def hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
+    def hand_back(
+        self, logits: Tensor, *same: bool | Tensor, vocab_size: int | None = None
+    ) -> Tensor:
         """The loss, for `logits` that are what the model made of the head's output.
 
         Args:
             logits: the head's answer, after the model's own scale, cap and cut.
             same: whether other things are as expected; where a tensor () says no, the loss is NaN.
+            vocab_size: of the logits, as the model has it; None: it does not say.
         """
         if self.loss is None:
             raise ChangedError(
@@ -223,15 +219,24 @@ class LossCall:
             )
         self.logits = logits
         with torch._C.DisableTorchFunctionSubclass():
-            return self._hand_back(logits, *same)
+            return self._hand_back(logits, same, vocab_size)
 
-    def _hand_back(self, logits: Tensor, *same: bool | Tensor) -> Tensor:
+    def _hand_back(
+        self, logits: Tensor, same: tuple[bool | Tensor, ...], vocab_size: int | None
+    ) -> Tensor:
         # The stand-in is (1, 1, V). Logits that are kept are not asked for how many tokens they are of, which
         # torch.export would take for a constant.
         if not self.keep_logits and logits.shape[:-1].numel() != 1:
             raise ChangedError(
                 f"the head answered for one token, and logits of shape {tuple(logits.shape)} reach the "
                 f"loss: the model treats some tokens apart from the others. {_CURE}"
+            )
+        # A tensor-parallel head answers with one number: its logits lie on several ranks.
+        whole = self.answer[2] is not None
+        if whole and isinstance(vocab_size, int) and vocab_size != logits.shape[-1]:
+            raise ChangedError(
+                f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
+                "the vocabulary sizes of the model's config and its head agree"
             )
         # Adds nothing, but leads the backward pass through whatever became of the head's output:
         # FSDP and ZeRO gather the head's weight in hooks on that tensor.

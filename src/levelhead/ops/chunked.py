@@ -67,7 +67,8 @@ def linear_logit_stats(
         x, ids, stats = input[rows], picks[rows], empty_set(picks[rows], dtype)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, entries):
             t = tile.fill_(_view(t_buffer, x, weight), x, weight, bias, softcap, logit_scale)
-            part = tile.stats(t, softcap, ids, columns.start, _view(scratch, x, weight))
+            there = tile.local(ids, columns.start, weight.shape[0])
+            part = tile.stats(t, softcap, there, columns.start, _view(scratch, x, weight))
             stats = merge(stats, columns.start, part, len(weight))
         parts.append(stats)
     return LogitStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
@@ -108,8 +109,8 @@ def linear_logit_stats_backward(
             tile.fill_(t, x, weight, bias, softcap, logit_scale)
             tile.relative(tile.logits(t, softcap, out=r), largest[rows], out=r)
             da = tile.gradient_(
-                torch.exp(r, out=p), t, ids, columns.start, g, total[rows], size, softcap,
-                r, expected[rows],
+                torch.exp(r, out=p), t, tile.local(ids, columns.start, weight.shape[0]), g,
+                total[rows], size, softcap, r, expected[rows],
             )  # fmt: skip
             tile.multiply_out_(da, x, weight, logit_scale, at(dx, rows), dw_tile, at(db, columns))
         if dw is not None and dw_tile is not None and dw.dtype != dtype:
@@ -144,16 +145,16 @@ def linear_cross_entropy(
     losses = [token_weight[:0]]
     for rows in slices(len(input), tokens):
         x, w, eps = input[rows], token_weight[rows], at(smoothing, rows)
-        ids = picks(target[rows], z_loss)
+        there = tile.local(picks(target[rows], z_loss), 0, size)
         t, exps = _view(buffer[0], x, linear_weight), _view(buffer[-1], x, linear_weight)
         for columns, weight, bias in _head_tiles(input, linear_weight, linear_bias, size):
             tile.fill_(t[:, columns], x, weight, bias, softcap, logit_scale)
-        picked, mean, largest, total = tile.softmax(t, softcap, ids, out=exps)
+        picked, mean, largest, total = tile.softmax(t, softcap, there, out=exps)
         logsumexp = total.log()
         loss = w * token_loss(largest, logsumexp, picked[:, 0], mean, eps, z_loss)
         losses.append(loss.masked_fill(w == 0, 0))  # where it is infinite or NaN, too
         g = token_loss_backward(w if scale is None else w * scale, largest, logsumexp, eps, z_loss)
-        da = tile.gradient_(exps, t, ids, 0, g, total, size, softcap)
+        da = tile.gradient_(exps, t, there, g, total, size, softcap)
         for columns, weight, _ in _head_tiles(input, linear_weight, None, size):
             tile.multiply_out_(
                 da[:, columns], x, weight, logit_scale,
@@ -205,4 +206,5 @@ def _head_tiles(
 
 def _view(buffer: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return the start of a buffer as a tile of logits, (tokens of x, entries of weight)."""
-    return buffer[: len(x) * len(weight)].view(len(x), len(weight))
+    tokens, entries = x.shape[0], weight.shape[0]
+    return buffer[: tokens * entries].view(tokens, entries)

@@ -43,18 +43,30 @@ def relative(z: Tensor, largest: Tensor, out: Tensor) -> Tensor:
     return torch.sub(z, anchor(largest)[:, None], out=out)
 
 
-def stats(t: Tensor, softcap: float | None, ids: Tensor, first: int, scratch: Tensor) -> LogitStats:
+def local(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return picks (T, K) as entries of a tile whose first one is ``first``, and which of them lie in it.
+
+    Those outside read 0.
+    """
+    local = ids - first
+    inside = (local >= 0) & (local < size)
+    return local.where(inside, 0), inside
+
+
+def stats(
+    t: Tensor, softcap: float | None, picks: tuple[Tensor, Tensor], first: int, scratch: Tensor
+) -> LogitStats:
     """Return the statistics of the entries ``first``, ``first + 1``, ...
 
     Args:
         t: the tile, shape ``(T, S)``; overwritten.
         softcap: bound of the logits, or None.
-        ids: picks as ids of the whole vocabulary, shape ``(T, K)``.
+        picks: as :func:`local` returns them, shape ``(T, K)``.
         first: id of the tile's first entry.
         scratch: overwritten, shape ``(T, S)``.
     """
     z = logits(t, softcap, out=t)
-    picked = _pick(z, ids, first)
+    picked = _pick(z, picks)
     largest, argmax = z.max(1)
     r = relative(z, largest, out=z)
     mean = r.mean(1)
@@ -65,14 +77,14 @@ def stats(t: Tensor, softcap: float | None, ids: Tensor, first: int, scratch: Te
 
 
 def softmax(
-    t: Tensor, softcap: float | None, ids: Tensor, out: Tensor
+    t: Tensor, softcap: float | None, picks: tuple[Tensor, Tensor], out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return picked (T, K), the mean relative to max, max and the sum of ``out`` (T,) for a tile of all entries.
 
     ``out`` becomes exp(z - max), the softmax but for its sum; without a softcap it may be ``t``.
     """
     z = logits(t, softcap, out=out)
-    picked, largest = _pick(z, ids, 0), z.amax(1)
+    picked, largest = _pick(z, picks), z.amax(1)
     r = relative(z, largest, out=out)
     mean = r.mean(1)
     return picked, mean, largest, r.exp_().sum(1)
@@ -81,8 +93,7 @@ def softmax(
 def gradient_(
     p: Tensor,  # (T, S), probabilities times ``total``
     t: Tensor,  # (T, S), overwritten with a softcap
-    ids: Tensor,  # (T, K)
-    first: int,
+    picks: tuple[Tensor, Tensor],  # (T, K), as `local` returns them
     g: StatsGradient,  # (T,) and (T, K)
     total: Tensor,  # (T,)
     vocabulary: int,
@@ -104,8 +115,8 @@ def gradient_(
     if g.mean is not None:
         p.add_((g.mean / vocabulary)[:, None])
     if g.picked is not None:
-        local, inside = _local(ids, first, p.shape[1])
-        p.scatter_add_(1, local, g.picked * inside)
+        entries, inside = picks
+        p.scatter_add_(1, entries, g.picked * inside)
     return p if softcap is None else p.mul_(t.square_().neg_().add_(1))
 
 
@@ -137,17 +148,10 @@ def addmm_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 1) 
     return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def _pick(z: Tensor, ids: Tensor, first: int) -> Tensor:
+def _pick(z: Tensor, picks: tuple[Tensor, Tensor]) -> Tensor:
     """Return the logits of the picked entries, 0 for those outside the tile, shape (T, K)."""
-    local, inside = _local(ids, first, z.shape[1])
-    return z.gather(1, local).masked_fill_(~inside, 0)
-
-
-def _local(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return ids counted from ``first``, and whether each lies in the tile; those outside read 0."""
-    local = ids - first
-    inside = (local >= 0) & (local < size)
-    return local.where(inside, 0), inside
+    entries, inside = picks
+    return z.gather(1, entries).masked_fill_(~inside, 0)
 
 
 def _finite_(t: Tensor) -> Tensor:
