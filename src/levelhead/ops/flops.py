@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .arguments import named
+
 _COUNTER = "torch.utils.flop_counter"
 
 
@@ -25,17 +27,19 @@ def _products(output_mask: Sequence[bool]) -> int:
     return 1 + output_mask[0] + output_mask[1]
 
 
-def _linear_logit_stats(input: Any, linear_weight: Any, *_: Any, **__: Any) -> int:
-    return _product(input, linear_weight)
+def _linear_logit_stats(*args: Any, **_: Any) -> int:
+    call = named("linear_logit_stats", args)
+    return _product(call.input, call.linear_weight)
 
 
 def _linear_logit_stats_backward(*args: Any, **_: Any) -> int:
-    input, linear_weight, output_mask = args[4], args[5], args[13]
-    return _product(input, linear_weight) * _products(output_mask)
+    call = named("linear_logit_stats_backward", args)
+    return _product(call.input, call.linear_weight) * _products(call.output_mask)
 
 
-def _linear_cross_entropy(input: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
-    return _product(input, linear_weight) * _products(args[7])
+def _linear_cross_entropy(*args: Any, **_: Any) -> int:
+    call = named("linear_cross_entropy", args)
+    return _product(call.input, call.linear_weight) * _products(call.output_mask)
 
 
 def _register() -> None:

@@ -22,6 +22,7 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from . import checks, flops, vmap
+from .arguments import described, gradients_of, named
 from .loss import picks, token_loss_backward
 from .statistics import GradientDtypes, Gradients, LogitStats, StatsGradient, statistics_dtype
 
@@ -44,6 +45,7 @@ def implementation(impl: str | None, input: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("levelhead::linear_logit_stats", mutates_args=())
+@described
 def linear_logit_stats(
     input: Tensor,  # (N, D)
     linear_weight: Tensor,  # (V, D)
@@ -65,18 +67,20 @@ def linear_logit_stats(
 
 
 @linear_logit_stats.register_fake
-def _(
-    input: Tensor, linear_weight: Tensor, picks: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = named("linear_logit_stats", args)
+    input: Tensor = call.input
+
     def token() -> Tensor:
         return input.new_empty(input.shape[0], dtype=statistics_dtype(input.dtype))
 
-    picked = input.new_empty(picks.shape, dtype=statistics_dtype(input.dtype))
+    picked = input.new_empty(call.picks.shape, dtype=statistics_dtype(input.dtype))
     argmax = input.new_empty(input.shape[0], dtype=torch.int64)
     return token(), picked, token(), token(), token(), argmax
 
 
 @torch.library.custom_op("levelhead::linear_logit_stats_backward", mutates_args=())
+@described
 def linear_logit_stats_backward(
     grad_logsumexp: Tensor | None,  # (N,)
     grad_picked: Tensor | None,  # (N, K)
@@ -113,12 +117,13 @@ def linear_logit_stats_backward(
 
 @linear_logit_stats_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (input, linear_weight, _, linear_bias), output_mask = args[4:8], args[13]
-    dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
-    return _empty_gradients(input, linear_weight, dtypes)
+    call = named("linear_logit_stats_backward", args)
+    head = call.input, call.linear_weight, call.linear_bias
+    return _empty_gradients(*head[:2], _gradient_dtypes(*head, call.output_mask))
 
 
 @torch.library.custom_op("levelhead::linear_cross_entropy", mutates_args=())
+@described
 def linear_cross_entropy(
     input: Tensor,  # (N, D)
     linear_weight: Tensor,  # (V, D)
@@ -150,36 +155,37 @@ def linear_cross_entropy(
 
 @linear_cross_entropy.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (input, linear_weight, _, linear_bias, token_weight), output_mask = args[:5], args[9]
-    dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
-    return token_weight.new_empty(()), *_empty_gradients(input, linear_weight, dtypes)
+    call = named("linear_cross_entropy", args)
+    head = call.input, call.linear_weight, call.linear_bias
+    dtypes = _stored_dtypes(_gradient_dtypes(*head, call.output_mask))
+    return call.token_weight.new_empty(()), *_empty_gradients(*head[:2], dtypes)
 
 
 # Autograd.
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, picks, linear_bias, *options, variables, _ = inputs
-    ctx.softcap, ctx.logit_scale, ctx.impl = options
-    stats = LogitStats(*output)
+    call, stats = named("linear_logit_stats", inputs), LogitStats(*output)
+    ctx.softcap, ctx.logit_scale, ctx.impl = call.softcap, call.logit_scale, call.impl
     # Kept, because torch.library changes it for the time of a backward, and two may run at once.
-    ctx.mask = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    needed = named("linear_logit_stats", ctx.needs_input_grad[: len(inputs)])
+    ctx.mask = [needed.input, needed.linear_weight, needed.linear_bias]
     ctx.mark_non_differentiable(stats.max, stats.argmax)
     ctx.set_materialize_grads(False)
-    head = input, linear_weight, picks, linear_bias
-    saved = stats.relative_logsumexp, stats.relative_expected, stats.max, variables
+    head = call.input, call.linear_weight, call.picks, call.linear_bias
+    saved = stats.relative_logsumexp, stats.relative_expected, stats.max, call.variables
     ctx.save_for_backward(*head, *saved)
 
 
 def _stats_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     logsumexp, picked, mean, expected, _, _ = grad_outputs
     *saved, variables = ctx.saved_tensors
-    gradients = differentiable_stats_backward(
+    found = differentiable_stats_backward(
         logsumexp, picked, mean, expected, *saved,
         ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables,
     )  # fmt: skip
-    dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
-    return dx, dw, None, db, *(None,) * 5
+    dx, dw, db = _none_where_not_needed(found, ctx.mask)
+    return gradients_of("linear_logit_stats", input=dx, linear_weight=dw, linear_bias=db)
 
 
 linear_logit_stats.register_autograd(_stats_backward, setup_context=_save_stats)
@@ -198,19 +204,22 @@ linear_logit_stats_backward.register_autograd(_refuse_double_backward)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.z_loss, ctx.softcap, ctx.logit_scale, ctx.mask, ctx.impl, variables, _ = inputs
-    _, *gradients = output
+    call = named("linear_cross_entropy", inputs)
+    ctx.z_loss, ctx.softcap, ctx.logit_scale = call.z_loss, call.softcap, call.logit_scale
+    ctx.mask, ctx.impl = call.output_mask, call.impl
+    _, *stored = output
     ctx.claims = {}
-    ctx.mark_non_differentiable(*gradients)
+    ctx.mark_non_differentiable(*stored)
     # Without this, backward would be handed zeros of shape (V, D) for outputs that have no gradient.
     ctx.set_materialize_grads(False)
     # The gradients are saved like the rest: a checkpoint then drops those of its first forward.
-    ctx.save_for_backward(*tensors, variables, *gradients)
+    head = call.input, call.linear_weight, call.target, call.linear_bias
+    ctx.save_for_backward(*head, call.token_weight, call.label_smoothing, call.variables, *stored)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 13
+        return gradients_of("linear_cross_entropy")
     # Read once: a checkpoint hands them out once in a backward.
     *saved, dx, dw, db = ctx.saved_tensors
     input, linear_weight, _, linear_bias, *_ = saved
@@ -221,16 +230,15 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
         or _is_batch(grad_loss)
         or not _claim(ctx.claims, stored)
     ):
-        gradients = _recomputed_gradients(ctx, grad_loss, *saved)
+        found = _recomputed_gradients(ctx, grad_loss, *saved)
     else:
-        gradients = tuple(_scaled(gradient, grad_loss) for gradient in stored)
-    dx, dw, db = _none_where_not_needed(gradients, ctx.mask)
-    return (
-        None if dx is None else dx.to(input.dtype),
-        None if dw is None else dw.to(linear_weight.dtype),
-        None,
-        None if db is None else db.to(linear_bias.dtype),
-        *(None,) * 9,
+        found = tuple(_scaled(gradient, grad_loss) for gradient in stored)
+    dx, dw, db = _none_where_not_needed(found, ctx.mask)
+    return gradients_of(
+        "linear_cross_entropy",
+        input=None if dx is None else dx.to(input.dtype),
+        linear_weight=None if dw is None else dw.to(linear_weight.dtype),
+        linear_bias=None if db is None else db.to(linear_bias.dtype),
     )
 
 

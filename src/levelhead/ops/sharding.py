@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
+from .arguments import OF_HEAD, PER_TOKEN, named, position
 from .checks import unwrapped
 
 Rule = tuple[list[Placement | None], list[Placement | None]]  # placements of results, of arguments
@@ -67,23 +68,23 @@ def check_layout(tokens: dict[str, Any], head: dict[str, Any]) -> None:
             )
 
 
-def _rules(results: str, arguments: str, args: tuple[Any, ...]) -> list[Rule]:
+def _rules(operator: str, results: str, args: tuple[Any, ...]) -> list[Rule]:
     """Return both ways to share an operator's work: each rank has some tokens, or all of them.
 
-    A letter says what a tensor is: per (t)oken, of the (h)ead, a (s)um over the tokens, or (n)o tensor worth the name.
+    A letter says what a result is: per (t)oken, a (s)um over the tokens, or (n)o tensor worth the name.
     """
-    sharded = {"t": Shard(0), "h": Replicate(), "s": Partial(), "n": Replicate()}
-    whole = dict.fromkeys("thsn", Replicate())
-    return [
-        (
-            [place[kind] for kind in results],
-            [
-                None if given is None else place.get(kind)
-                for kind, given in zip(arguments.ljust(len(args), "-"), args, strict=True)
-            ],
-        )
-        for place in (sharded, whole)
-    ]
+    rules: list[Rule] = []
+    for place in (
+        {"t": Shard(0), "s": Partial(), "n": Replicate()},
+        dict.fromkeys("tsn", Replicate()),
+    ):
+        arguments = dict.fromkeys(PER_TOKEN, place["t"]) | dict.fromkeys(OF_HEAD, Replicate())
+        given = named(operator, args)._asdict()
+        placements = [
+            None if value is None else arguments.get(name) for name, value in given.items()
+        ]
+        rules.append(([place[kind] for kind in results], placements[: len(args)]))
+    return rules
 
 
 def _gradients(output_mask: list[bool]) -> str:
@@ -94,26 +95,28 @@ def _gradients(output_mask: list[bool]) -> str:
     _OPS.linear_logit_stats.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules("tttttt", "thth", args)
+    return _rules("linear_logit_stats", "tttttt", args)
 
 
 @register_sharding(  # type: ignore[untyped-decorator]
     _OPS.linear_logit_stats_backward.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules(_gradients(args[13]), "ttttththttt", args)
+    operator = "linear_logit_stats_backward"
+    return _rules(operator, _gradients(named(operator, args).output_mask), args)
 
 
 @register_sharding(  # type: ignore[untyped-decorator]
     _OPS.linear_cross_entropy.default
 )
 def _(*args: Any) -> list[Rule]:
-    return _rules("s" + _gradients(args[9]), "ththtt", args)
+    operator = "linear_cross_entropy"
+    return _rules(operator, "s" + _gradients(named(operator, args).output_mask), args)
 
 
 # DTensor remembers what becomes of a call by its tensors, and by its arguments from the first integer on: here there is
 # none, and a call that asks for other gradients would get the results of the one before. It is told where the mask is.
-for _operator, _mask in ((_OPS.linear_logit_stats_backward, 13), (_OPS.linear_cross_entropy, 9)):
-    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_operator.default] = (
-        RuntimeSchemaInfo(_mask, needs_pytree=True)
-    )
+for _operator in ("linear_logit_stats_backward", "linear_cross_entropy"):
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[
+        getattr(_OPS, _operator).default
+    ] = RuntimeSchemaInfo(position(_operator, "output_mask"), needs_pytree=True)

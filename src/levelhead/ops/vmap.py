@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import named, per_token
+
 Dims = tuple[Any, ...]  # of each argument the batch's dimension, None for none
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -18,10 +20,10 @@ def linear_logit_stats(
     function: Function, size: int, dims: Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], Dims]:
     """Return the statistics of a batch of calls, and where their batch dimension is."""
-    per_token = (0, 2)
-    if not _only(per_token, dims):
+    tokens = per_token("linear_logit_stats")
+    if not _only(tokens, dims):
         return loop(function, size, dims, args)
-    args, shape = _fold(size, dims, args, per_token)
+    args, shape = _fold(size, dims, args, tokens)
     outputs = function(*args)
     return tuple(_unfold(field, shape) for field in outputs), (0,) * len(outputs)
 
@@ -30,10 +32,11 @@ def linear_logit_stats_backward(
     function: Function, size: int, dims: Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], Dims]:
     """Return the gradients of a batch of calls; one for the head, which sums over tokens, is due to each call."""
-    per_token, output_mask = (0, 1, 2, 3, 4, 6, 8, 9, 10), args[13]
-    if not _only(per_token, dims) or output_mask != [True, False, False]:
+    tokens = per_token("linear_logit_stats_backward")
+    output_mask = named("linear_logit_stats_backward", args).output_mask
+    if not _only(tokens, dims) or output_mask != [True, False, False]:
         return loop(function, size, dims, args)
-    args, shape = _fold(size, dims, args, per_token)
+    args, shape = _fold(size, dims, args, tokens)
     dx, *empty = function(*args)
     return (_unfold(dx, shape), *empty), (0, None, None)
 
@@ -55,17 +58,17 @@ def loop(
     return outputs, (0,) * len(outputs)
 
 
-def _only(per_token: Sequence[int], dims: Dims) -> bool:
+def _only(tokens: Sequence[int], dims: Dims) -> bool:
     """Return whether nothing is batched but what is per token."""
-    return all(dim is None for i, dim in enumerate(dims) if i not in per_token)
+    return all(dim is None for i, dim in enumerate(dims) if i not in tokens)
 
 
 def _fold(
-    size: int, dims: Dims, args: tuple[Any, ...], per_token: Sequence[int]
+    size: int, dims: Dims, args: tuple[Any, ...], tokens: Sequence[int]
 ) -> tuple[tuple[Any, ...], tuple[int, int]]:
     """Return the arguments with (B, N, ...) as (B N, ...) in those that are per token, and (B, N)."""
     folded, shape = list(args), (size, 0)
-    for i in per_token:
+    for i in tokens:
         if args[i] is not None:
             batch = args[i].expand(size, *args[i].shape) if dims[i] is None else args[i]
             batch = batch.movedim(dims[i] or 0, 0)
