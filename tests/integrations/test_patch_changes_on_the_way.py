@@ -324,3 +324,41 @@ def test_a_hook_that_changes_what_the_head_returns_is_refused():
     hook.remove()
     model.lm_head.register_forward_hook(lambda _head, _inputs, output: output.clone())
     torch.testing.assert_close(model(**batch()).loss, dense_loss(tiny(), **batch()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1 / 1.05, 1.05, 1.02])
+def test_a_factor_on_all_logits_shows_in_a_narrow_dtype(dtype, scale):
+    """Each logit may be rounded by more than that."""
+    model = patch_model(_llama(_scaled, scale=1.0).to(dtype))
+    assert model(**batch()).loss.isfinite()
+    with pytest.raises(RuntimeError, match=r"reaches the loss"):
+        model(**batch(), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_a_scale_and_a_cap_in_a_narrow_dtype_are_no_change(family, dtype):
+    assert patch_model(tiny(family).to(dtype))(**batch()).loss.isfinite()
+
+
+MOVED = {
+    "detached": lambda z: z.detach(),
+    "rolled": lambda z: z.roll(1, 1),
+    "flipped": lambda z: z.flip(1),
+    "sorted": lambda z: z.sort(1).values,
+    "cumulated": lambda z: z.cumsum(1),
+}
+
+
+@pytest.mark.parametrize("change", MOVED)
+def test_logits_that_an_argument_moves_or_detaches_are_refused(change):
+    def forward(self, input_ids=None, labels=None, moved=False, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits = MOVED[change](logits) if moved else logits
+        return {"loss": self.loss_function(logits, labels, 67, **kwargs), "logits": logits}
+
+    model = patch_model(_llama(forward))
+    model(**batch())
+    with pytest.raises(RuntimeError, match=r"detaches them|acts on some tokens apart"):
+        model(**batch(), moved=True)

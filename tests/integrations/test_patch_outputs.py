@@ -1,10 +1,15 @@
 """A training call returns what the model returns, except logits."""
 
+import copy
+import pickle
+from dataclasses import dataclass
+
 import pytest
 import torch
-from tests.integrations.tiny_models import VOCAB_SIZE, batch, tiny
+from tests.integrations.tiny_models import VOCAB_SIZE, batch, tiny, transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.utils import ModelOutput
 
 from levelhead.integrations import patch_model
 
@@ -59,3 +64,89 @@ def test_the_backward_pass_goes_through_the_output_of_the_head():
     (gradient,) = seen
     assert gradient.shape == (1, 1, VOCAB_SIZE)
     assert not gradient.any()
+
+
+@dataclass
+class _Required(ModelOutput):
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+def _returning(output):
+    def forward(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        return output(loss=self.loss_function(logits, labels, VOCAB_SIZE), logits=logits)
+
+    model = tiny()
+    cls = transformers.LlamaForCausalLM
+    model.__class__ = type("OtherForCausalLM", (cls,), {"forward": forward})
+    return model
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": lambda output: copy.deepcopy(tree_map(torch.Tensor.detach, output)),
+    "pickle": lambda output: pickle.loads(pickle.dumps(tree_map(torch.Tensor.detach, output))),
+    "tree": lambda output: tree_map(lambda tensor: tensor, output),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_an_output_whose_class_requires_logits_has_none_either(how):
+    output = patch_model(_returning(_Required))(**batch())
+    again = COPIES[how](output)
+    assert list(again) == ["loss"]
+    with pytest.raises(RuntimeError, match="skip_logits=False"):
+        again.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_a_copy_keeps_what_was_put_into_an_output(how):
+    output = patch_model(tiny())(**batch(), use_cache=False)
+    output.logits, output.note = torch.ones(3), "seen"
+    again = COPIES[how](output) if how == "copy" else pickle.loads(pickle.dumps(_detached(output)))
+    assert list(again) == ["loss", "logits"]
+    assert torch.equal(again.logits, torch.ones(3))
+    assert again.note == "seen"
+
+
+def _detached(output):
+    output.loss = output.loss.detach()
+    return output
+
+
+def test_nothing_else_takes_the_place_of_the_logits():
+    output = patch_model(tiny())(**batch(), use_cache=True)
+    loss, logits = output[:2]
+    assert loss is output.loss
+    for absent in (logits, output[1], output.get("logits")):
+        with pytest.raises(RuntimeError, match="skip_logits=False"):
+            absent.argmax(-1)
+    assert output[2] is output.past_key_values
+    assert output.get("attentions", "none") == "none"
+
+
+@dataclass
+class _Penalised(ModelOutput):
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.loss += 1.0
+        super().__post_init__()
+
+
+@dataclass
+class _PlainPenalised:
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.loss = self.loss + 1.0
+
+
+@pytest.mark.parametrize("output", [_Penalised, _PlainPenalised])
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_an_output_class_that_adds_to_its_loss_does_so_once(output, skip_logits):
+    got = patch_model(_returning(output))(**batch(), skip_logits=skip_logits).loss
+    torch.testing.assert_close(got, patch_model(tiny())(**batch()).loss + 1)

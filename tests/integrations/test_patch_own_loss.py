@@ -1,9 +1,18 @@
 """Models that compute their loss by themselves, unshifted: the patch withholds their labels."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.integrations.tiny_models import VOCAB_SIZE, assert_same_training, batch, transformers
+from tests.integrations.tiny_models import (
+    VOCAB_SIZE,
+    assert_same_training,
+    batch,
+    dense_loss,
+    tiny,
+    transformers,
+)
 
 from levelhead.integrations import patch_model
 
@@ -104,3 +113,46 @@ def test_a_model_that_makes_more_of_its_labels_is_refused():
     model.__class__ = type("OtherForConditionalGeneration", (original,), {"forward": forward})
     with pytest.raises(ValueError, match="more than its decoder_input_ids depends on the labels"):
         patch_model(model)
+
+
+def _own(returned, returned_without=None):
+    def forward(self, input_ids=None, labels=None, **_):
+        hidden = self.model(input_ids).last_hidden_state
+        z = self.lm_head(hidden)
+        if labels is None:
+            return (returned_without or returned)(None, z, hidden)
+        loss = F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return returned(loss, z, hidden)
+
+    model = tiny()
+    cls = transformers.LlamaForCausalLM
+    model.__class__ = type("OtherForCausalLM", (cls,), {"forward": forward})
+    return model
+
+
+def test_a_tuple_with_none_for_its_loss_without_labels_is_served():
+    plain, patched = tiny(), patch_model(_own(lambda loss, z, _hidden: (loss, z)))
+    torch.testing.assert_close(patched(**batch())[0], dense_loss(plain, **batch()))
+
+
+_ELSEWHERE = "without labels its logits are not where they are with them"
+
+
+@pytest.mark.parametrize(
+    ("returned", "returned_without", "reason"),
+    [
+        (lambda loss, z, _: (loss, z), lambda _, z, __: (z,), _ELSEWHERE),
+        (lambda loss, z, _: (loss, z), lambda _, z, __: z, _ELSEWHERE),
+        (lambda loss, z, h: (loss, z, h), lambda _, z, h: (z, h), _ELSEWHERE),
+        (lambda loss, z, _: [loss, z], None, "its forward returns a list"),
+        (
+            lambda loss, z, _: SimpleNamespace(loss=loss, logits=z),
+            None,
+            "returns a SimpleNamespace",
+        ),
+        (lambda loss, z, h: (loss if loss is None else loss + h.mean(), z), None, "its loss is "),
+    ],
+)
+def test_what_it_returns_is_refused_when_patched(returned, returned_without, reason):
+    with pytest.raises(ValueError, match=reason):
+        patch_model(_own(returned, returned_without))

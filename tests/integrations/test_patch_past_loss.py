@@ -389,4 +389,5 @@ def test_logits_used_by_the_caller_name_the_cure(use, rebuilt):
     with pytest.raises(KeyError, match="skip_logits=False"):
         output["logits"]
     assert "logits" not in output
-    assert output.get("logits") is None
+    with pytest.raises(RuntimeError, match="skip_logits=False"):
+        use(output.get("logits"))

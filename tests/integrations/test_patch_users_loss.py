@@ -1,8 +1,10 @@
 """A loss of the user's own is served where it is a cross-entropy, as long as what it reads stays as it is."""
 
 import functools
+from collections import UserDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from tests.integrations.tiny_models import (
     transformers,
 )
 from torch import nn
+from transformers import TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from levelhead.integrations import patch_model
@@ -466,3 +469,62 @@ def test_where_the_compiler_gives_up_a_change_is_looked_at():
     model.z = 0.1
     with pytest.raises(ValueError, match="where the cross-entropy is"):
         compiled(**batch())
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_default_for_the_number_of_items_counts(count):
+    model = tiny()
+    model.loss_function = functools.partial(ForCausalLMLoss, num_items_in_batch=count)
+    with pytest.raises(ValueError, match="where the cross-entropy is"):
+        patch_model(model)
+
+
+def _set_backbone(model):
+    model.model.doubled = True
+
+
+def _set_dictionary(model):
+    model.schedule["factor"] = 2.0
+
+
+def _set_array(model):
+    model.factors[0] = 2.0
+
+
+def _set_arguments(model):
+    model.arguments.learning_rate = 2.0
+
+
+@pytest.mark.parametrize("change", [_set_backbone, _set_dictionary, _set_array, _set_arguments])
+def test_what_its_code_reads_in_other_places_is_looked_at(change):
+    def loss(self, z, y):
+        factor = self.schedule["factor"] * self.factors[0] * self.arguments.learning_rate
+        return (2.0 if self.model.doubled else 1.0) * float(factor) * F.cross_entropy(z, y)
+
+    model = _computing(
+        loss,
+        schedule=UserDict(factor=1.0),
+        factors=np.ones(3),
+        arguments=TrainingArguments("folder", learning_rate=1.0),
+    )
+    model.model.doubled = False
+    patch_model(model)(**batch())
+    change(model)
+    with pytest.raises(ValueError, match="its loss is"):
+        model(**batch())
+
+
+def test_what_changes_in_every_call_is_warned_of():
+    def loss(self, z, y):
+        return F.cross_entropy(z, y) + 0 * self.calls
+
+    model = patch_model(_computing(loss, calls=0))
+
+    def train(steps):
+        for _ in range(steps):
+            model.calls += 1
+            model(**batch())
+
+    train(4)
+    with pytest.warns(UserWarning, match=r"looked at anew in call after call.*self.calls"):
+        train(1)

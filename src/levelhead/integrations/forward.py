@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -79,8 +81,8 @@ def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None
         none = None if torch.compiler.is_compiling() else NoLogits()
         changes = {"loss": loss} | ({"logits": none} if drop else {})
         if hasattr(output, "_replace"):
-            return output._replace(**changes)
-        return dataclasses.replace(output, **changes)
+            return output._replace(**{k: v for k, v in changes.items() if k in output._fields})
+        return _changed(output, changes)
     made: Any = output
     if torch.compiler.is_compiling():
         fields = dict(made) | {"loss": loss}
@@ -129,29 +131,66 @@ def _is_logits(call: LossCall, value: Any = None) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == call.logits.shape
 
 
+def _changed(output: Any, changes: dict[str, Any]) -> Any:
+    """A dataclass with other values in some of its fields."""
+    made = copy.copy(output)
+    for field in dataclasses.fields(made):
+        if field.name in changes:
+            object.__setattr__(made, field.name, changes[field.name])  # it may be frozen
+    if isinstance(changes.get("logits"), NoLogits):
+        _refuse_a_look(made)
+    return made
+
+
 def _drop_logits(output: Any) -> Any:
     """Make an output one that says where its logits are asked for that there are none."""
     cls: Any = type(output)
-    looked = is_of_users(cls.__post_init__)
     output.__class__ = _class_without_logits(cls)
     output._drop_logits()
-    if looked:  # at the stand-in: it must stumble over its logits not being there
-        output.__post_init__()
+    _refuse_a_look(output)
     return output
 
 
-def _without_logits(cls: Any, items: Mapping[str, Any]) -> Any:
-    """Such an output with these items, for copy and pickle."""
-    output = _class_without_logits(cls)()
+def _refuse_a_look(output: Any) -> None:
+    """Let the `__post_init__` of a user's class stumble over logits that are not there, as it saw a stand-in for them.
+
+    It runs on a copy: it may add to the loss.
+    """
+    look = getattr(_own_class(output), "__post_init__", None)
+    if look is None or not is_of_users(look) or len(inspect.signature(look).parameters) > 1:
+        return
+    again = copy.copy(output)
+    object.__setattr__(again, "loss", output.loss.detach().clone())
+    look(again)
+
+
+def _own_class(output: Any) -> Any:
+    """The class of an output without ours."""
+    return getattr(type(output), "_levelhead_original", type(output))
+
+
+def _rebuilt(cls: Any, items: dict[str, Any], attributes: dict[str, Any]) -> Any:
+    """An output without logits as it was when it was copied or pickled."""
+    made = _class_without_logits(cls)
+    output = made.__new__(made)
     for name, value in items.items():
-        if name != "logits" and value is not None:
-            output[name] = value
+        OrderedDict.__setitem__(output, name, value)
+    vars(output).update(attributes)
     return output
 
 
 @functools.cache
 def _class_without_logits(cls: Any) -> Any:
     """A subclass, by the same name: whoever rebuilds an output, as Accelerate does, knows its class only."""
+    required = any(
+        field.name == "logits" and field.default is field.default_factory
+        for field in dataclasses.fields(cls)
+    )
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if required and not args:
+            kwargs.setdefault("logits", None)
+        cls.__init__(self, *args, **kwargs)
 
     def post_init(self: Any) -> None:
         if isinstance(vars(self).get("logits"), NoLogits):  # as dataclasses.replace gives it
@@ -167,18 +206,27 @@ def _class_without_logits(cls: Any) -> Any:
             OrderedDict.__delitem__(self, "logits")
         vars(self)["logits"] = NoLogits()
 
+    def get(self: Any, key: Any, default: Any = None) -> Any:
+        return vars(self)["logits"] if key == "logits" else OrderedDict.get(self, key, default)
+
     def get_item(self: Any, key: Any) -> Any:
-        if key == "logits" and key not in self:
+        if "logits" not in self and key == "logits":
             raise KeyError(NO_LOGITS)
+        if "logits" not in self and isinstance(key, (int, slice)):
+            loss, *others = self.to_tuple()
+            return (loss, NoLogits(), *others)[key]  # in their place, which others must not take
         return cls.__getitem__(self, key)
 
     namespace = {
         "__module__": f"{__name__}.{cls.__module__}",
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "_levelhead_original": cls,
+        "__init__": init,
         "__post_init__": post_init,
         "__getitem__": get_item,
+        "get": get,
         "_drop_logits": drop_logits,
-        "__reduce__": lambda self: (_without_logits, (cls, vars(self))),
+        "__reduce__": lambda self: (_rebuilt, (cls, dict(self), dict(vars(self)))),
     }
     return type(cls.__name__, (cls,), namespace)

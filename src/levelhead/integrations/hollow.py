@@ -86,7 +86,7 @@ def run_hollow(
             raise ValueError("it asks for its loss twice")
         if args:
             raise ValueError(f"its loss function is given {len(args)} positional arguments more")
-        found.logits, found.labels, found.vocab_size = _plain(logits), labels, vocab_size
+        found.logits, found.labels, found.vocab_size = plain(logits), labels, vocab_size
         found.options = options
         if not past_loss:
             raise _AtLoss
@@ -120,7 +120,7 @@ def run_hollow(
             forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # if it is compiled
             found.output = forward(shell, **accepted(type(shell), given))
         if found.labels is None:
-            found.logits = _plain(output_field(found.output, "logits"))
+            found.logits = plain(output_field(found.output, "logits"))
         found.left = vars(shell)
     except _AtLoss:
         pass
@@ -209,7 +209,8 @@ def withhold_labels(model: Any, given: dict[str, Any]) -> None:
     given.setdefault("use_cache", False)
 
 
-def _plain(tensor: Any) -> Any:
+def plain(tensor: Any) -> Any:
+    """What a stub answered as an ordinary tensor."""
     return tensor.as_subclass(Tensor) if isinstance(tensor, Tensor) else tensor
 
 

@@ -231,6 +231,11 @@ class LossCall:
                 f"the head answered for one token, and logits of shape {tuple(logits.shape)} reach the "
                 f"loss: the model treats some tokens apart from the others. {_CURE}"
             )
+        if self.answer[0].requires_grad and not logits.requires_grad:
+            raise ChangedError(
+                "the logits that reach the loss have no gradient, and those that the head gives have: something "
+                f"detaches them. {_CURE}"
+            )
         # A tensor-parallel head answers with one number: its logits lie on several ranks.
         whole = self.answer[2] is not None
         if whole and isinstance(vocab_size, int) and vocab_size != logits.shape[-1]:
@@ -294,11 +299,22 @@ class LossCall:
             )
         got = some_tokens(part) if self.keep_logits else part.detach().reshape(1, size)
         tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
-        near = (
-            (got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)
-        ) | ~want.isfinite()
+        finite = want.isfinite()
+        near = ((got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)) | ~finite
+        # Rounding goes up as often as down, over a whole vocabulary. So a factor on all of it shows where it is smaller
+        # than what rounding may do to one.
+        want = want.where(finite, 0)
+        square = want.square().sum()
+        factor = (want * got.where(finite, 0)).sum() / square
+        limit = max(_LOGITS_TOLERANCE, torch.finfo(sent.dtype).eps / 2)
+        scaled = ((factor - 1).abs() > limit) & (square > 0)
         if _is_batched(part) or not can_look(part):
-            return near.all()
+            return near.all() & ~scaled
+        if near.all() and scaled:
+            raise ChangedError(
+                f"the output of the head reaches the loss multiplied by {factor.item():.6g}: an argument of this "
+                f"call, a hook or something in the model acts on its logits. {_CURE}"
+            )
         if not near.all():
             at = tuple((~near).nonzero()[0].tolist())
             raise ChangedError(

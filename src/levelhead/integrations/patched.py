@@ -47,6 +47,7 @@ class PatchState:
     eval_smoothing: float
     eval_logits: bool
     objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
+    looks: int = 0  # how often what its loss reads has changed
     # What changes in the model without effect on its loss, by place and name.
     no_matter: frozenset[tuple[str, str]] = frozenset()
 
@@ -373,7 +374,15 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     if replace(probed, watched={}) == replace(before, watched={}):
         old, new = _flat(before.watched, state), _flat(probed.watched, state)
         no_matter |= {n for n, v in new.items() if old.get(n, v) != v}
-    state = replace(state, probed=probed, no_matter=no_matter)
+    looks = state.looks + (probed.reads != before.reads)
+    if looks == _MANY_LOOKS:
+        name = next(n for n, v in (probed.reads or {}).items() if (before.reads or {}).get(n) != v)
+        warnings.warn(
+            f"the patched {type(model).__name__} is looked at anew in call after call, which takes time: {name} "
+            "changes, which the code of its loss may read. Keep it where that does not",
+            stacklevel=4,
+        )
+    state = replace(state, probed=probed, no_matter=no_matter, looks=looks)
     vars(model)["_levelhead"] = state
     return state
 
@@ -392,6 +401,8 @@ def _flat(found: dict[str, dict[str, Any]], state: PatchState) -> dict[tuple[str
     flat = {(place, name): v for place, kept in found.items() for name, v in kept.items()}
     return {name: v for name, v in flat.items() if name not in state.no_matter}
 
+
+_MANY_LOOKS = 5
 
 # Patched models that have warned of a training call without labels, and of one in eval mode.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()

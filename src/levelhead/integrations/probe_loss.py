@@ -21,6 +21,7 @@ from .hollow import (
     normal,
     output_field,
     output_fields,
+    plain,
     run_hollow,
 )
 
@@ -51,7 +52,8 @@ def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bo
     logits = normal(*labels.shape, vocab_size, seed=3).float()
 
     def loss(logits: Tensor, labels: Tensor, num_items: int | None = None) -> Tensor:
-        options = run.options | {"num_items_in_batch": num_items}
+        # A call without their number leaves it out, and a default of the function's would count.
+        options = run.options | ({} if num_items is None else {"num_items_in_batch": num_items})
         try:
             got = function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
             return torch.as_tensor(got)
@@ -87,7 +89,8 @@ def shifts_labels_itself(model: Any, path: str, head: nn.Linear, vocab_size: int
     tokens = _TOKENS if builtin else max(_TOKENS, _LOGITS // vocab_size)
     labels = _labels(model, vocab_size, tokens)
     run = _run(model, path, head, labels)
-    loss = output_field(run.output, "loss")
+    loss = plain(output_field(run.output, "loss"))
+    _check_known(model, run.output)
     if not isinstance(loss, Tensor) or not isinstance(run.logits, Tensor):
         reason = "its loss does not go through loss_function, and its output has no loss and logits"
         raise refusal(model, reason, _REMEDY)
@@ -103,13 +106,19 @@ def shifts_labels_itself(model: Any, path: str, head: nn.Linear, vocab_size: int
     own, again = (_run(model, path, head, few) for _ in range(2))
     withheld = _run(model, path, head, few, withheld=True)
     _check_same_inputs(model, own.inputs, withheld.inputs)
+    if not isinstance(withheld.logits, Tensor) or not torch.equal(withheld.logits, own.logits):
+        raise refusal(
+            model,
+            "it computes its loss itself, and without labels its logits are not where they are with them",
+            "Return an output class, or (loss, logits) with None for the loss if there are no labels",
+        )
     if not builtin:
         _check_same_state(model, own, withheld, again)
         hidden = normal(*few.shape, head.in_features, seed=7)
 
         def far(z: Tensor) -> tuple[Any, Any]:
             found = run_hollow(model, path, z, hidden, few)
-            return output_field(found.output, "loss"), found.logits
+            return plain(output_field(found.output, "loss")), found.logits
 
         _check_far(model, far, few, shift, vocab_size, head.out_features)
     return shift
@@ -162,9 +171,7 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
         right = [F.one_hot(y.clamp(min=0), head.out_features) for y in (labels, labels.roll(-1, 1))]
         hidden = normal(*labels.shape, head.in_features, seed=5)
         run = run_hollow(model, path, z, hidden, labels, past_loss=True)
-        if not _is_known(run.output):
-            reason = f"its forward returns a {type(run.output).__name__}"
-            raise refusal(model, reason, "Return an output class, a dictionary or a tuple")
+        _check_known(model, run.output)
         loss = output_field(run.output, "loss")
         if run.leaf is None or not isinstance(loss, Tensor) or not loss.requires_grad or loss.dim():
             reason, remedy = "its forward does not return what its loss_function gives", _REMEDY
@@ -278,10 +285,12 @@ def forward_arguments(model: Any) -> frozenset[str] | None:
     return frozenset(names | {"input_ids", "attention_mask", "position_ids", "labels", "use_cache"})
 
 
-def _is_known(output: Any) -> bool:
-    """Whether what a forward returned is of a kind whose loss can be set."""
+def _check_known(model: nn.Module, output: Any) -> None:
+    """Refuse a forward that returns what is of no kind whose loss can be set."""
     is_tuple = type(output) is tuple or hasattr(output, "_replace")
-    return is_tuple or is_mapping(output) or dataclasses.is_dataclass(output)
+    if not (is_tuple or is_mapping(output) or dataclasses.is_dataclass(output)):
+        reason = f"its forward returns a {type(output).__name__}"
+        raise refusal(model, reason, "Return an output class, a dictionary or a tuple")
 
 
 def _fields(run: HollowRun) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import dataclasses
 import functools
 import types
 import weakref
@@ -32,6 +33,9 @@ _KNOWN = (
     functools.partial,
     types.SimpleNamespace,
     argparse.Namespace,
+    collections.UserDict,
+    collections.UserList,
+    collections.ChainMap,
 )
 _OF_MODULES = vars(nn.Module()).keys()
 
@@ -119,6 +123,8 @@ def reads(model: Any, code: Any) -> dict[str, Any]:
                 found[where] = value
             elif isinstance(value, Tensor):
                 found[where] = _state_of(value)
+            elif hasattr(value, "tobytes"):  # an array
+                found[where] = hash(value.tobytes())
             elif _holds(value):
                 if isinstance(value, types.FunctionType) and not fixed:
                     found[where] = id(value)
@@ -160,6 +166,8 @@ def _holds(value: Any) -> bool:
         return next(value.parameters(), None) is None
     if isinstance(value, type):
         return is_of_users(value)
+    if dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+        return True
     return isinstance(value, _KNOWN) or hasattr(value, "to_diff_dict") or is_of_users(type(value))
 
 
@@ -213,6 +221,11 @@ def _parts_of_function(function: Any, model: Any) -> Iterator[tuple[str, Any, bo
         yield f"self.{name}", vars(model)[name], False
     for parts in (model._buffers, model._modules):
         yield from ((f"self.{name}", parts[name], False) for name in names & parts.keys())
+    for child in names & model._modules.keys():  # what has parameters is not looked into further
+        kept = {} if model._modules[child] is None else vars(model._modules[child])
+        yield from (
+            (f"self.{child}.{name}", kept[name], True) for name in names & kept.keys() - _OF_MODULES
+        )
     for name in names & vars(model.config).keys():
         yield f"self.config.{name}", vars(model.config)[name], False
 

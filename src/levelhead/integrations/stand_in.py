@@ -29,6 +29,21 @@ _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array
 _READS |= {"__bool__", "__int__", "__index__", "__float__", "__complex__", "__contains__"}
 _READS |= {"__format__"}
 
+# What moves tokens, which one token does not show.
+_MOVES = {
+    "roll",
+    "flip",
+    "flipud",
+    "sort",
+    "argsort",
+    "diff",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+}
+_MOVES |= {"logcumsumexp"}
+
 
 class StandIn(Tensor):
     """Numbers for one token in place of the logits of all; see the top of this file."""
@@ -44,6 +59,8 @@ class StandIn(Tensor):
             return repr(NoLogits())
         if name in _READS:
             raise no_logits(f"it, or a hook in it, reads them ({name})")
+        if name in _MOVES:
+            raise no_logits(f"it acts on some tokens apart from the others ({name})")
         if name == "__iter__":
             return iter(args[0].unbind(0))
         if name == "__setitem__" and ours:
