@@ -115,6 +115,7 @@ sys.exit(max(gpu.main([name, "--tiny", "--output", sys.argv[1]]) for name in sys
 """
 
 
+@pytest.mark.slow
 def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too(tmp_path: Path) -> None:
     names = [name for name in gpu.STAGES if name != "test"]
     run = python(_REHEARSAL, str(tmp_path), *names)
@@ -175,6 +176,7 @@ assert gpu_tests.run(stage.Stage(some.path.parent, "some", tiny=True)) == 1
 """
 
 
+@pytest.mark.slow
 def test_the_tests_that_are_left_are_run_and_each_result_is_written(tmp_path: Path) -> None:
     file = tmp_path / "test_some.py"
     file.write_text(_TESTS)

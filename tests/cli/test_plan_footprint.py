@@ -32,6 +32,12 @@ PROBLEMS = [
 WIDE = [problem for problem in PROBLEMS if not problem.narrow]
 
 
+def of_others(problems):
+    """What the memory of other libraries is tried on: in `make test` one shape is enough."""
+    slow = {problem: problem.tokens != SHAPES[1][0] for problem in problems}
+    return [pytest.param(p, marks=[pytest.mark.slow] * slow[p], id=str(p)) for p in problems]
+
+
 def allocated_peak(run):
     """The most bytes of PyTorch's CPU allocator, as torch.cuda.max_memory_allocated on a GPU."""
     # Without acc_events torch 2.11 warns that it keeps the events of one cycle; there is one.
@@ -113,7 +119,7 @@ def test_levelhead_chunked_with_a_shared_head(problem):
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch < 2.13")
-@pytest.mark.parametrize("problem", WIDE, ids=str)
+@pytest.mark.parametrize("problem", of_others(WIDE))
 def test_torch_chunked(problem):
     def loss(x, weight, target):
         options = torch.nn.LinearCrossEntropyOptions()
@@ -123,7 +129,7 @@ def test_torch_chunked(problem):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", of_others(PROBLEMS))
 def test_transformers_loss(problem, softcap):
     pytest.importorskip("transformers")
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -143,7 +149,7 @@ def test_transformers_loss(problem, softcap):
     assert_exact(problem, loss, footprint.transformers_loss)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", of_others(PROBLEMS))
 def test_label_smoother(problem):
     pytest.importorskip("transformers")
     from transformers.trainer_pt_utils import LabelSmoother

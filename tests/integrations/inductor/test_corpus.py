@@ -41,7 +41,7 @@ def _step(function: Any, parameters: list[Tensor], y: Tensor) -> tuple[Any, ...]
     return *results, *gradients
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling(name: str, dynamic: bool) -> None:
     if name == "torch_linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
