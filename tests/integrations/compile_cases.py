@@ -261,7 +261,9 @@ class _Model:
         self.exact, self.dense = tiny(what, torch.float64, **options), tiny(what, **options)
         if what == "mixtral":
             # The default, which has no float64; the loop over the experts that were hit compiles in no model.
-            options["experts_implementation"] = "grouped_mm"
+            # Before transformers 5.23 or so its backward pass has no operator, and a compiler stops at a loop in it.
+            compiles = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
+            options["experts_implementation"] = "grouped_mm" if compiles else "batched_mm"
         self.module = tiny(what, torch.float32, **options)
         for model in (self.exact, self.dense.float(), self.module):
             model.train(mode.training)
