@@ -24,8 +24,9 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Both ends of what is supported, each in an environment of its own: docs/versions.md.
-OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0
+# Both ends of what is supported, each in an environment of its own: docs/versions.md. Triton 3.6's interpreter takes an
+# array of one element for a number, which numpy 2.4 no longer allows.
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.3.5
 NEWEST := torch==2.15.0 triton==3.9.0 transformers==5.24.0
 
 test-versions: build/oldest/ready build/newest/ready

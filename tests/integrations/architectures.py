@@ -126,6 +126,12 @@ QWEN4 = {
     "hc_count": 2,
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 100,
+        "audio_token_offset": 108,
+        "vision_config": {"codebook_size": 8},
+        "audio_config": {"codebook_size": 8},
+    },
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}},
     "codegen": {"n_head": 4, "rotary_dim": 4},  # heads in four parts, one a shard
@@ -140,6 +146,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
     },
     "doge": {"is_moe": True},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 0},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": {"text_config": DOTS3},
     "dots3_note_text": DOTS3,

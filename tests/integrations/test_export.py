@@ -37,6 +37,8 @@ def _other_batches() -> list[dict[str, Any]]:
     return [batch(), {name: ids[:1, :5].clone() for name, ids in batch().items()}]
 
 
+# Of torch 2.11 itself, once a process, when it loads what it saved.
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 # Of dynamo, which finds what a forward sets while it runs, and transformers' likewise.
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

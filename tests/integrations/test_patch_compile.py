@@ -150,6 +150,9 @@ def test_a_checkpoint_around_the_model_recomputes_the_loss_unless_it_saves_it(
     saved = [torch.ops.levelhead.linear_cross_entropy.default]
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, saved)}
     model = patch_model(small())
+    # In torch 2.11 and 2.12 no model of transformers, patched or not, compiles in a checkpoint without this: a forward
+    # notes which outputs are asked for, and a note is a side effect.
+    noted = torch.__version__ < "2.13"
 
     def loss(ids, labels):
         return model(input_ids=ids, labels=labels).loss
@@ -159,7 +162,8 @@ def test_a_checkpoint_around_the_model_recomputes_the_loss_unless_it_saves_it(
         return checkpoint(loss, ids, labels, use_reentrant=False, **options)
 
     compiled = backend and torch.compile(checkpointed, backend=backend, fullgraph=True)
-    found = (compiled or checkpointed)(*batch().values())
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=noted):
+        found = (compiled or checkpointed)(*batch().values())
     plain = small()
     assert_same_training(model, found, plain, dense_loss(plain, **batch()))
     assert len(calls) == times

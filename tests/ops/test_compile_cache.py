@@ -40,9 +40,13 @@ def _cache(
     values = torch.compile(loss, options=options)(x, weight, y), truth(x @ weight.T, y)
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value, (x, weight)) for value in values))
-    return [
-        counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss", "bypass")
-    ]
+    whats = "hit", "miss", "bypass"
+    if options and torch.__version__ < "2.12":
+        # torch 2.11 looks a graph up after the pass, and bypasses this cache for a function that is not its own. What
+        # it makes of the graph, one forward and one backward, it finds in the cache of Inductor.
+        assert counters["aot_autograd"]["autograd_cache_bypass"] == 1
+        return [counters["inductor"][f"fxgraph_cache_{what}"] // 2 for what in whats]
+    return [counters["aot_autograd"][f"autograd_cache_{what}"] for what in whats]
 
 
 def _process(folder: str, version: str, eps: float) -> list[list[int]]:

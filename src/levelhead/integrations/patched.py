@@ -325,7 +325,8 @@ def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchSta
         state = _looked_at_again(model, state)
     known = state.probed.forward_arguments
     if known is not None:
-        unknown = sorted(given.keys() - known)
+        # Not by subtraction: torch 2.11 cannot trace that, and this is traced.
+        unknown = sorted(name for name in given if name not in known)
         if unknown:
             raise RuntimeError(
                 f"the patched {name} computes its loss itself, and {unknown[0]} may change it in a way "

@@ -46,6 +46,8 @@ def _step(function: Any, parameters: list[Tensor], y: Tensor) -> tuple[Any, ...]
 def test_spelling(name: str, dynamic: bool) -> None:
     if name == "torch_linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch 2.13's")
+    if name == "gradient_by_func" and dynamic and torch.__version__ < "2.13":
+        pytest.skip("by any backend: a tensor of torch.func with a symbolic size breaks Dynamo")
     function, expected = SPELLINGS[name]
     parameters, y = _problem()
     compiled = torch.compile(function, backend=pass_only(), fullgraph=True, dynamic=dynamic)
