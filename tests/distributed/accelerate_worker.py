@@ -190,7 +190,7 @@ def unwrapped() -> dict[str, Any]:
     model = prepare(it, tiny(dtype=torch.float32), smoothing=0.1)
     bare = it.unwrap_model(model, keep_fp32_wrapper=False)
     output = bare(**batches()[0])
-    return {"loss": output.loss.detach(), "logits": output.get("logits")}
+    return {"loss": output.loss.detach(), "logits": dict(output).get("logits")}
 
 
 def refused() -> dict[str, Any]:

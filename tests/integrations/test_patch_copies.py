@@ -1,8 +1,10 @@
 """A copy of a patched model is a patched model of its own."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -53,3 +55,21 @@ def test_a_copy_shares_nothing_with_the_original(duplicate):
 def test_a_copy_keeps_tied_weights_tied():
     twin = copy.deepcopy(patch_model(tiny("gpt2")))
     assert twin.lm_head.weight is twin.transformer.wte.weight
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, *COPIERS])
+def test_a_number_that_changes_in_a_copy_counts(duplicate):
+    model = patch_model(tiny("cohere"))
+    model(**batch()), model(**batch())
+    twin, same = duplicate(model), tiny("cohere")
+    twin.logit_scale = same.logit_scale = 0.5
+    torch.testing.assert_close(twin(**batch()).loss, patch_model(same)(**batch()).loss)
+
+
+def test_a_patched_model_is_freed_with_its_last_reference():
+    model = patch_model(tiny())
+    model(**batch()), model(**batch())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

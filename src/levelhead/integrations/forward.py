@@ -160,7 +160,8 @@ def _refuse_a_look(output: Any) -> None:
     if look is None or not is_of_users(look) or len(inspect.signature(look).parameters) > 1:
         return
     again = copy.copy(output)
-    object.__setattr__(again, "loss", output.loss.detach().clone())
+    if isinstance(output.loss, torch.Tensor):
+        object.__setattr__(again, "loss", output.loss.detach().clone())
     look(again)
 
 
@@ -213,8 +214,9 @@ def _class_without_logits(cls: Any) -> Any:
         if "logits" not in self and key == "logits":
             raise KeyError(NO_LOGITS)
         if "logits" not in self and isinstance(key, (int, slice)):
-            loss, *others = self.to_tuple()
-            return (loss, NoLogits(), *others)[key]  # in their place, which others must not take
+            fields = list(self.to_tuple())
+            fields.insert("loss" in self, NoLogits())  # in their place, which others must not take
+            return tuple(fields)[key]
         return cls.__getitem__(self, key)
 
     namespace = {

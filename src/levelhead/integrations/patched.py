@@ -16,7 +16,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from .loss_head import LossHead
 from .options import check_positive
 from .probe import HeadTransform, Probed, code_of, probe, read_by
 from .probe_loss import loss_source
-from .reads import is_as_seen, see, watched
+from .reads import Seen, watched
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class PatchState:
     eval_logits: bool
     objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
     looks: int = 0  # how often what its loss reads has changed
+    seen: Seen = field(default_factory=Seen, compare=False)
     # What changes in the model without effect on its loss, by place and name.
     no_matter: frozenset[tuple[str, str]] = frozenset()
 
@@ -363,7 +364,7 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     """The patch of a model, after another look at it if something has changed that its loss may depend on."""
     before = state.probed
     if (
-        (is_as_seen(model) or _is_as_probed(model, state))
+        (state.seen.is_same(model) or _is_as_probed(model, state))
         and code_of(model) == before.code
         and (before.reads is None or before.reads == read_by(model, state.transform, before.code))
     ):
@@ -393,7 +394,7 @@ def _is_as_probed(model: Any, state: PatchState) -> bool:
     found, before = watched(model), state.probed.watched
     same = found == before or _flat(found, state) == _flat(before, state)
     if same:
-        see(model)
+        state.seen.take(model)
     return same
 
 

@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import types
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,35 +60,42 @@ def watched(model: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-# Of each patched model what held the simple values when they were last seen to be what was probed, and copies of it.
-_seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, dict[str, Any]]]] = (
-    weakref.WeakKeyDictionary()
-)
+class Seen:
+    """The attributes of a model and its configs when `watched` last found what was probed.
 
+    They tell in a few microseconds that nothing has changed. A copy of a model begins without.
+    """
 
-def see(model: Any) -> None:
-    """Take down what `watched` looks at, for `is_as_seen`."""
-    _seen.pop(model, None)
-    seen = [(model, _copied(model))]
-    for holder, _ in seen:  # grows
-        for name, value in vars(holder).items():
-            if isinstance(value, Tensor):  # which is seen to be changed by its version only
-                return
-            if name != "generation_config" and hasattr(value, "to_diff_dict"):
-                seen.append((value, _copied(value)))
-    _seen[model] = seen
+    def __init__(self) -> None:
+        self._holders: list[tuple[Any, dict[str, Any]]] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Seen, ()
 
-def is_as_seen(model: Any) -> bool:
-    """Whether nothing that `watched` looks at has changed since `see`: in a few microseconds, and no for maybe."""
-    try:
-        for holder, kept in _seen[model]:
-            # Not vars, for which a config of transformers looks through its other names.
-            if object.__getattribute__(holder, "__dict__") != kept:
-                return False
-    except Exception:  # not seen, or a comparison of something of the user's own, such as an array
-        return False
-    return True
+    def take(self, model: Any) -> None:
+        """Take down what `watched` looks at."""
+        self._holders = []
+        holders = [(model, _copied(model))]
+        for holder, _ in holders:  # grows
+            for name, value in vars(holder).items():
+                if isinstance(value, Tensor):  # which is seen to be changed by its version only
+                    return
+                if name != "generation_config" and hasattr(value, "to_diff_dict"):
+                    holders.append((value, _copied(value)))
+        self._holders = holders
+
+    def is_same(self, model: Any) -> bool:
+        """Whether nothing has changed since; no for maybe."""
+        if not self._holders or self._holders[0][0] is not model:  # but a shallow copy of it
+            return False
+        try:
+            for holder, kept in self._holders:
+                # Not vars, for which a config of transformers looks through its other names.
+                if object.__getattribute__(holder, "__dict__") != kept:
+                    self._holders = []
+        except Exception:  # a comparison of something of the user's own, such as an array
+            self._holders = []
+        return bool(self._holders)
 
 
 def _copied(holder: Any) -> dict[str, Any]:
