@@ -13,12 +13,15 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compile.json"
 QUICK = ("linear_cross_entropy", "llama")
 
 
+def _is_slow(case):
+    long = case.what == "llama" and case.mode == "training, dynamic=True"
+    return case.backend == "inductor" or case.what not in QUICK or long
+
+
 def _named(backend):
     return [
         pytest.param(
-            case,
-            id=f"{case.what}, {case.mode}",
-            marks=[pytest.mark.slow] * (backend == "inductor" or case.what not in QUICK),
+            case, id=f"{case.what}, {case.mode}", marks=[pytest.mark.slow] * _is_slow(case)
         )
         for case in CASES
         if case.backend == backend

@@ -76,6 +76,7 @@ def test_another_tensor_as_smoothing_does_not_recompile():
     assert COUNTERS["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_breaks_its_graph_breaks_it_for_no_other_reason():
     def compiled_loss(model):
         torch.compiler.reset()

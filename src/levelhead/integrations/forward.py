@@ -137,8 +137,9 @@ def _changed(output: Any, changes: dict[str, Any]) -> Any:
     for field in dataclasses.fields(made):
         if field.name in changes:
             object.__setattr__(made, field.name, changes[field.name])  # it may be frozen
-    if isinstance(changes.get("logits"), NoLogits):
-        _refuse_a_look(made)
+    cls: Any = type(made)
+    if isinstance(changes.get("logits"), NoLogits) and _looks(cls):
+        _refuse_a_look(made, cls)
     return made
 
 
@@ -147,27 +148,27 @@ def _drop_logits(output: Any) -> Any:
     cls: Any = type(output)
     output.__class__ = _class_without_logits(cls)
     output._drop_logits()
-    _refuse_a_look(output)
+    if _looks(cls):
+        _refuse_a_look(output, cls)
     return output
 
 
-def _refuse_a_look(output: Any) -> None:
-    """Let the `__post_init__` of a user's class stumble over logits that are not there, as it saw a stand-in for them.
+@functools.cache
+def _looks(cls: Any) -> bool:
+    """Whether an output class of the user's may look at its logits when it is made."""
+    look = getattr(cls, "__post_init__", None)
+    return look is not None and is_of_users(look) and len(inspect.signature(look).parameters) == 1
 
-    It runs on a copy: it may add to the loss.
+
+def _refuse_a_look(output: Any, cls: Any) -> None:
+    """Let it stumble over logits that are not there, as it saw a stand-in for them.
+
+    It looks again at a copy: it may add to the loss.
     """
-    look = getattr(_own_class(output), "__post_init__", None)
-    if look is None or not is_of_users(look) or len(inspect.signature(look).parameters) > 1:
-        return
     again = copy.copy(output)
     if isinstance(output.loss, torch.Tensor):
         object.__setattr__(again, "loss", output.loss.detach().clone())
-    look(again)
-
-
-def _own_class(output: Any) -> Any:
-    """The class of an output without ours."""
-    return getattr(type(output), "_levelhead_original", type(output))
+    cls.__post_init__(again)
 
 
 def _rebuilt(cls: Any, items: dict[str, Any], attributes: dict[str, Any]) -> Any:
@@ -223,7 +224,6 @@ def _class_without_logits(cls: Any) -> Any:
         "__module__": f"{__name__}.{cls.__module__}",
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "_levelhead_original": cls,
         "__init__": init,
         "__post_init__": post_init,
         "__getitem__": get_item,

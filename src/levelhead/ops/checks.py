@@ -4,6 +4,7 @@ import importlib.util
 import numbers
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -149,6 +150,12 @@ def check_transforms(linear_weight: Tensor) -> None:
 def autocast_is_on(device_type: str) -> bool:
     """Return whether autocast is on for a device; meta has none, and would raise."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return what switches autocast off for a device, where it is on: to do it for nothing takes microseconds."""
+    on = autocast_is_on(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _check_number(name: str, value: object, without: str) -> None:

@@ -59,7 +59,7 @@ def linear_logit_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of LogitStats."""
     model = _values(variables, softcap, logit_scale)
-    with torch.autocast(input.device.type, enabled=False):
+    with checks.without_autocast(input.device.type):
         stats: LogitStats = implementation(impl, input).linear_logit_stats(
             input, linear_weight, picks, linear_bias, *model
         )
@@ -107,7 +107,7 @@ def linear_logit_stats_backward(
             keep |= (field != 0) if field.dim() == 1 else (field != 0).any(1)
     dtypes = _gradient_dtypes(input, linear_weight, linear_bias, output_mask)
     model = _values(variables, softcap, logit_scale)
-    with torch.autocast(input.device.type, enabled=False):
+    with checks.without_autocast(input.device.type):
         gradients = implementation(impl, input).linear_logit_stats_backward(
             gradient, keep, input, linear_weight, picks, linear_bias,
             logsumexp, expected, largest, *model, dtypes,
@@ -145,7 +145,7 @@ def linear_cross_entropy(
     """
     dtypes = _stored_dtypes(_gradient_dtypes(input, linear_weight, linear_bias, output_mask))
     options = _values(variables, z_loss, softcap, logit_scale)
-    with torch.autocast(input.device.type, enabled=False):
+    with checks.without_autocast(input.device.type):
         loss, gradients = implementation(impl, input).linear_cross_entropy(
             input, linear_weight, target, linear_bias, token_weight, label_smoothing,
             *options, dtypes,
