@@ -526,5 +526,17 @@ def test_what_changes_in_every_call_is_warned_of():
             model(**batch())
 
     train(4)
-    with pytest.warns(UserWarning, match=r"looked at anew in call after call.*self.calls"):
+    with pytest.warns(UserWarning, match=r"looked at anew 5 times.*self.calls"):
         train(1)
+
+
+def test_a_class_of_arrays_that_its_code_names_is_no_array():
+    ndarray = np.ndarray
+
+    def loss(_, z, y):
+        return F.cross_entropy(z, y) if not isinstance(z, ndarray) else None
+
+    torch.testing.assert_close(
+        patch_model(_computing(loss), 0.0)(**batch()).loss,
+        dense_loss(tiny(), smoothing=0.0, **batch()),
+    )

@@ -380,7 +380,7 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     if looks == _MANY_LOOKS:
         name = next(n for n, v in (probed.reads or {}).items() if (before.reads or {}).get(n) != v)
         warnings.warn(
-            f"the patched {type(model).__name__} is looked at anew in call after call, which takes time: {name} "
+            f"the patched {type(model).__name__} has been looked at anew {looks} times, which takes time: {name} "
             "changes, which the code of its loss may read. Keep it where that does not",
             stacklevel=4,
         )
@@ -404,6 +404,7 @@ def _flat(found: dict[str, dict[str, Any]], state: PatchState) -> dict[tuple[str
     return {name: v for name, v in flat.items() if name not in state.no_matter}
 
 
+# Looks at a model whose loss reads what changes, after which a warning says so.
 _MANY_LOOKS = 5
 
 # Patched models that have warned of a training call without labels, and of one in eval mode.

@@ -86,7 +86,8 @@ class Seen:
 
     def is_same(self, model: Any) -> bool:
         """Whether nothing has changed since; no for maybe."""
-        if not self._holders or self._holders[0][0] is not model:  # but a shallow copy of it
+        # A shallow copy of a model shares this with it.
+        if not self._holders or self._holders[0][0] is not model:
             return False
         try:
             for holder, kept in self._holders:
@@ -129,7 +130,7 @@ def reads(model: Any, code: Any) -> dict[str, Any]:
                 found[where] = value
             elif isinstance(value, Tensor):
                 found[where] = _state_of(value)
-            elif hasattr(value, "tobytes"):  # an array
+            elif hasattr(value, "tobytes") and not isinstance(value, type):  # an array
                 found[where] = hash(value.tobytes())
             elif _holds(value):
                 if isinstance(value, types.FunctionType) and not fixed:

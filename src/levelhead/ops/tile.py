@@ -48,9 +48,9 @@ def local(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 
     Those outside read 0.
     """
-    local = ids - first
-    inside = (local >= 0) & (local < size)
-    return local.where(inside, 0), inside
+    entries = ids - first
+    inside = (entries >= 0) & (entries < size)
+    return entries.where(inside, 0), inside
 
 
 def stats(
