@@ -391,3 +391,20 @@ def test_logits_used_by_the_caller_name_the_cure(use, rebuilt):
     assert "logits" not in output
     with pytest.raises(RuntimeError, match="skip_logits=False"):
         use(output.get("logits"))
+
+
+def test_an_interrupt_leaves_nothing_of_the_logits_on_the_model():
+    interrupted = []
+
+    def after(self, output):
+        self.kept = output.logits
+        if interrupted:
+            raise KeyboardInterrupt
+        self.kept = None
+        return output
+
+    model = patch_model(_llama(after))
+    interrupted.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch())
+    assert model.kept is None

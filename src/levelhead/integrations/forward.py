@@ -37,7 +37,7 @@ def forward_with_loss(
         given["labels"] = call.labels
     try:
         return _with_loss(model, call, run(call, forward, model, **given), return_dict)
-    except Exception as error:
+    except BaseException as error:
         if not torch.compiler.is_compiling():
             _forget(model)
         ours = isinstance(error, (ChangedError, torch.OutOfMemoryError))
