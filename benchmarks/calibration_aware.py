@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from levelhead import patch_model, unpatch_model
 from levelhead.calibration import calibration_error, classwise_calibration_error, fit_temperature
-from levelhead.integrations.objective import set_objective
+from levelhead.integrations import set_objective
 from levelhead.objectives.calibration_aware import choice_probabilities, confidence_bins
 from levelhead.objectives.rcft import CalibrationAware, choice_logits
 

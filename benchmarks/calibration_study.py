@@ -38,7 +38,7 @@ from levelhead.calibration import (
 from levelhead.cli.demo import data as demo
 from levelhead.cli.demo.training import Recipe as ModelRecipe
 from levelhead.cli.demo.training import build_pair
-from levelhead.integrations.objective import set_objective
+from levelhead.integrations import set_objective
 from levelhead.objectives import Distillation, recalibrate
 from levelhead.objectives.calibration_aware import choice_probabilities, confidence_bins
 from levelhead.objectives.rcft import CalibrationAware

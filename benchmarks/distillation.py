@@ -29,8 +29,8 @@ from levelhead.cli import memory
 from levelhead.cli.demo import data as demo
 from levelhead.cli.demo.training import Recipe, answer, build_pair, number_of_steps
 from levelhead.cli.teacher.store import Forced, Row, shard_path, write_shard
-from levelhead.integrations.hidden import head_input, output_head
-from levelhead.integrations.objective import set_objective
+from levelhead.heads.head import head_input, single_head
+from levelhead.integrations import set_objective
 from levelhead.objectives import Distillation, distillation_loss, recalibrate
 from levelhead.ops import TopK, linear_topk
 
@@ -146,7 +146,7 @@ def store_size() -> dict[str, Any]:
 @torch.no_grad()
 def top_of(model: Any, rows: Sequence[demo.Tokens]) -> tuple[TopK, Tensor]:
     """A teacher's top-k where it answers, (rows, k), and whether its first is right, (rows,)."""
-    head, parts, right = output_head(model), [], []
+    head, parts, right = single_head(model), [], []
     for start in range(0, len(rows), 100):
         batch = demo.collate(rows[start : start + 100], CPU)
         asked = batch.labels[:, 1:] != demo.IGNORE_INDEX

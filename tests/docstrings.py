@@ -23,8 +23,8 @@ OF_PAPERS = (
     "levelhead.ops.api.",
     "levelhead.ops.topk.linear_topk",
     "levelhead.integrations.inductor.inductor_options",
-    "levelhead.integrations.patch.patch_model",
-    "levelhead.integrations.scoring.",
+    "levelhead.integrations.patch.api.patch_model",
+    "levelhead.scoring.",
     "levelhead.integrations.transformers.CalibrationCallback",
 )
 

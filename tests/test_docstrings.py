@@ -21,13 +21,13 @@ import levelhead.calibration
 import levelhead.calibration.capacity
 import levelhead.integrations.accelerate
 import levelhead.integrations.inductor
-import levelhead.integrations.scoring
 import levelhead.integrations.transformers
 import levelhead.integrations.trl
 import levelhead.objectives
 import levelhead.objectives.calibration_aware
 import levelhead.objectives.regime
 import levelhead.ops
+import levelhead.scoring
 from levelhead.calibration.table import check_norm
 from levelhead.objectives.calibration_aware import BinCounts
 from levelhead.ops import TopK
@@ -42,7 +42,7 @@ MODULES = (
     levelhead.integrations,
     levelhead.integrations.accelerate,
     levelhead.integrations.inductor,
-    levelhead.integrations.scoring,
+    levelhead.scoring,
     levelhead.integrations.transformers,
     levelhead.integrations.trl,
     levelhead.ops,

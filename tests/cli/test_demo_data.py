@@ -8,7 +8,6 @@ import torch
 
 from levelhead.cli.demo import data
 from levelhead.cli.demo.data import (
-    IGNORE_INDEX,
     Example,
     Tokens,
     Vocabulary,
@@ -18,6 +17,7 @@ from levelhead.cli.demo.data import (
     unicode_facts,
 )
 from levelhead.cli.errors import CliError
+from levelhead.ops.checks import IGNORE_INDEX
 
 GOOD = json.dumps({"prompt": "one and one", "completion": "two"})
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from levelhead.cli import main
 from levelhead.cli.errors import CliError
 from levelhead.cli.models import load_model, load_tokenizer
 from levelhead.cli.score import file as score_file
-from levelhead.integrations.scoring import score_questions
+from levelhead.scoring import score_questions
 
 ROWS = [
     {

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from levelhead.cli.errors import CliError
 from levelhead.cli.models import load_tokenizer
 from levelhead.cli.sft.data import Chat, Pair
-from levelhead.cli.sft.tokens import IGNORE_INDEX, Collator, Tokens, encode
+from levelhead.cli.sft.tokens import Collator, Tokens, encode
+from levelhead.ops.checks import IGNORE_INDEX
 
 TALK = Chat(
     [

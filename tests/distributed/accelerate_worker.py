@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from levelhead.integrations.accelerate import prepare
-from levelhead.integrations.patched import patch_state
+from levelhead.integrations.patch.state import patch_state
 
 Prepare = Callable[[Accelerator, Any], tuple[Any, Any]]  # a model; it and its optimizer, prepared
 BF16 = {"mixed_precision": "bf16"}

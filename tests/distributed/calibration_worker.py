@@ -8,8 +8,8 @@ from tests.distributed.launch import TIMEOUT
 from tests.distributed.problem import without_shared_memory
 from tests.integrations.test_calibration_callback import NAMES, data, evaluated, metrics, sure
 
+from levelhead.heads.token_calibration import TokenCalibration, summary
 from levelhead.integrations import patch_model
-from levelhead.integrations.token_calibration import TokenCalibration, summary
 
 
 def ddp():

@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from levelhead.integrations import patch_model
-from levelhead.integrations.probe import probe_head
+from levelhead.integrations.patch.probe import probe_head
 
 TABLE = Path(__file__).with_suffix(".json")
 GROUPS = {

@@ -6,8 +6,8 @@ from tests.integrations.test_trainer import new_trainer, rows
 from tests.integrations.tiny_models import next_tokens, tiny, transformers
 
 from levelhead.calibration import calibration_error
+from levelhead.heads.token_calibration import TokenCalibration
 from levelhead.integrations import patch_model
-from levelhead.integrations.token_calibration import TokenCalibration
 from levelhead.integrations.transformers import CalibrationCallback
 
 NAMES = ("ece", "mean_confidence", "token_accuracy", "entropy")

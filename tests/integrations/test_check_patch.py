@@ -9,8 +9,9 @@ import torch
 from tests.integrations.tiny_models import FAMILIES, batch, next_tokens, tiny, transformers
 from torch import nn
 
-from levelhead.integrations import loss_call, patch_model, set_objective, unpatch_model
-from levelhead.integrations.check import check_patch
+from levelhead.integrations import patch_model, set_objective, unpatch_model
+from levelhead.integrations.patch import loss_call
+from levelhead.integrations.patch.check import check_patch
 
 # The dtype of the weights, and that of autocast.
 PRECISIONS = [

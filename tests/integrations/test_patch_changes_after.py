@@ -176,10 +176,10 @@ def test_a_forward_that_counts_is_not_counted_by_the_probe():
 
 
 def test_a_number_that_changes_in_every_step_is_looked_at_once(monkeypatch):
-    from levelhead.integrations import patched
+    from levelhead.integrations.patch import new_call
 
-    model, looks, probe = patch_model(tiny()), [], patched.probe
-    monkeypatch.setattr(patched, "probe", lambda model: looks.append(1) or probe(model))
+    model, looks, probe = patch_model(tiny()), [], new_call.probe
+    monkeypatch.setattr(new_call, "probe", lambda model: looks.append(1) or probe(model))
     for step in range(5):
         model.step = step
         model(**batch())

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from levelhead.integrations import patch_model
-from levelhead.integrations.probe import probe
+from levelhead.integrations.patch.probe import probe
 
 Llama = transformers.LlamaForCausalLM
 SCHEDULE = {"z": 0.0}

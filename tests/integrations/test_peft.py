@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tests.integrations.tiny_models import VOCAB_SIZE, batch, next_tokens, tiny
 
 from levelhead.integrations import patch_model, unpatch_model
-from levelhead.integrations.loss_head import LossHead
+from levelhead.integrations.patch.loss_head import LossHead
 
 peft = pytest.importorskip("peft")
 

@@ -14,7 +14,7 @@ from tests.integrations.tiny_models import (
 from torch import nn
 
 from levelhead.integrations import patch_model
-from levelhead.integrations.probe import HeadTransform, probe_head
+from levelhead.integrations.patch.probe import HeadTransform, probe_head
 
 
 @pytest.mark.parametrize(

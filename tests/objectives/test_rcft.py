@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from levelhead import patch_model
-from levelhead.integrations.objective import set_objective
+from levelhead.integrations import set_objective
 from levelhead.objectives.calibration_aware import (
     choice_probabilities,
     classwise_bins,

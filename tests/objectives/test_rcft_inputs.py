@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.integrations.tiny_models import tiny
 from torch import Tensor
 
 from levelhead.objectives.rcft import CalibrationAware, choice_logits
@@ -121,4 +122,4 @@ def test_an_e_step_refuses_numbers_out_of_range(name: str, value: int, text: str
         "question": torch.tensor([0]),
     } | {name: torch.tensor([value])}
     with pytest.raises(IndexError, match=re.escape(text)):
-        choice_logits(torch.nn.Linear(1, 1), [rows], questions=1)
+        choice_logits(tiny(), [rows], questions=1)

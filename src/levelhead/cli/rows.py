@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from levelhead.integrations.fields import check_text, json_type
+from levelhead.scoring.fields import check_text, json_type
 
 from .errors import CliError
 

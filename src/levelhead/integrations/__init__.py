@@ -1,10 +1,14 @@
-"""One thin file per framework; none of them imports its framework before it is used."""
+"""`patch_model`, the pass of `torch.compile`, and a thin file per framework, imported when it is used."""
 
-from .check import PatchCheck, check_patch
 from .inductor import inductor_options
-from .info import PatchInfo, patch_info
-from .objective import set_objective
-from .patch import patch_model, unpatch_model
+from .patch.api import (
+    PatchInfo,
+    patch_info,
+    patch_model,
+    set_objective,
+    unpatch_model,
+)
+from .patch.check import PatchCheck, check_patch
 
 __all__ = [
     "PatchCheck",

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .heads import language_model
-from .patch import patch_model
+from .patch.api import patch_model
+from .patch.heads import language_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

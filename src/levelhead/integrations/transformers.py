@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .patched import patch_state
-from .token_calibration import TokenCalibration, summary
+from ..heads.token_calibration import TokenCalibration, summary
+from .patch.state import patch_state, set_patch_state
 
 
 class SmoothingSchedule(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -54,7 +54,7 @@ class SmoothingSchedule(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._smoothing = torch.zeros((), device=patched[0].device)
         for module in patched:
             options: Any = patch_state(module)
-            vars(module)["_levelhead"] = replace(options, smoothing=self._smoothing)
+            set_patch_state(module, replace(options, smoothing=self._smoothing))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the smoothing of the optimiser step that begins."""

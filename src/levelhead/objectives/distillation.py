@@ -9,6 +9,7 @@ from torch import Tensor, logical_and
 from ..calibration.predictions import check_choice
 from ..ops import checks, linear_logit_stats
 from ..ops.api import Impl, _autocast
+from ..ops.checks import IGNORE_INDEX
 from ..ops.gather import linear_gather
 from ..ops.statistics import statistics_dtype
 from .checks import (
@@ -25,7 +26,6 @@ Reduction = Literal["mean", "sum", "batchmean", "none"]
 # linear_weight follows input; then linear_bias, softcap, logit_scale and impl.
 _Head = tuple[Tensor, Tensor, Tensor | None, float | None, float, Impl | None]
 
-_IGNORE_INDEX = -100
 _PAD = (
     "give each candidate once, pad with the log-probability -inf, and mark a token without a teacher by ignore_index "
     "as its first id"
@@ -192,7 +192,7 @@ class Distillation:
             teacher_log_probs = teacher_log_probs.view(torch.float32)
         _check(input, linear_weight, linear_bias, teacher_ids, teacher_log_probs)
         counts = logical_and(
-            teacher_ids[..., 0].long() != _IGNORE_INDEX, target.long() != _IGNORE_INDEX
+            teacher_ids[..., 0].long() != IGNORE_INDEX, target.long() != IGNORE_INDEX
         )
         head = (input, linear_weight, linear_bias, softcap, logit_scale, None)
         return _losses(head, teacher_ids, teacher_log_probs, counts, self.normalisation)

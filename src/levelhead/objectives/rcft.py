@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..integrations.loss_call import IGNORE_INDEX
+from ..heads.head import find_head, logit_stats_at
 from ..ops import checks, linear_logit_stats
+from ..ops.checks import IGNORE_INDEX
 from ..ops.loss import token_loss
 from ..ops.statistics import statistics_dtype
 from .calibration_aware import choice_probabilities, classwise_ece_loss, ece_loss
@@ -23,7 +24,7 @@ _POSITION = "it is where the letter is predicted, one before where it stands in 
 
 @dataclass(frozen=True)
 class CalibrationAware:
-    """What `levelhead.integrations.objective.set_objective` makes a patched model train on for RCFT.
+    """What `levelhead.integrations.set_objective` makes a patched model train on for RCFT.
 
     The loss of a batch is that of an average over tokens, of which the training set has M:
 
@@ -185,7 +186,7 @@ def choice_logits(
 
     The model answers in eval mode, as it will be used. It may be wrapped (DDP, FSDP, DeepSpeed): then
     every rank takes its own batches, as many as the others, and each question is in one of them at least.
-    A batch of B takes the memory of logits (B, B, V), those of each question at the positions of all.
+    No logits are made but those of the choices.
 
     Args:
         model: the model, or its wrapper; left in the mode it was in.
@@ -199,8 +200,10 @@ def choice_logits(
     Raises:
         TypeError: a column is no tensor of integers.
         IndexError: a question is not one of N, its answer outside the tokens, or a choice outside the vocabulary.
+        ValueError: `patch_model` would refuse the model.
         RuntimeError: a question was in no batch.
     """
+    head = find_head(model)
     training = model.training
     model.eval()
     try:
@@ -212,17 +215,11 @@ def choice_logits(
             # Also on an accelerator: an E-step is long enough to wait for it.
             outside("answer_position", position, tokens, _POSITION).look()
             outside("question", batch["question"], questions, "number all questions from 0").look()
-            # The heads of transformers' models can answer for some positions alone: all of the batch's.
-            output = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                logits_to_keep=position,
-                use_cache=False,
-            )
-            logits, there = output.logits, choices >= 0
-            outside("choices", choices, logits.shape[-1], _NO_CHOICE, there=there).look()
-            rows = torch.arange(len(position), device=position.device)
-            picked = logits[rows, rows].float().gather(1, choices.clamp_min(0))
+            there, size = choices >= 0, head.transform.vocab_size or head.modules[0].out_features
+            outside("choices", choices, size, _NO_CHOICE, there=there).look()
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            stats = logit_stats_at(model, head, inputs | {"use_cache": False}, position, choices)
+            picked = stats.picked.float()
             if found is None:
                 found = picked.new_full((questions, choices.shape[1]), -torch.inf)
             found[batch["question"]] = picked.masked_fill(~there, -torch.inf)

@@ -13,6 +13,7 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.masked import MaskedTensor
 
+IGNORE_INDEX = -100  # the target of a token without a loss, of torch and transformers
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Not infinity: a compiler takes every number for smaller, and would let infinity pass.

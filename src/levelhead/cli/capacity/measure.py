@@ -20,9 +20,9 @@ from levelhead.calibration.capacity import (
     smoothed_loss_floor,
     smoothed_margin,
 )
-from levelhead.integrations.final_norm import FinalNorm, final_norm
-from levelhead.integrations.hidden import HeadInputs, OutputHead, collect, output_head
-from levelhead.integrations.probe import HeadTransform
+from levelhead.heads.final_norm import FinalNorm, final_norm
+from levelhead.heads.head import Head, HeadInputs, collect, single_head
+from levelhead.integrations.patch.probe import HeadTransform
 
 from ..errors import CliError
 from ..reading import batches, read_model, read_rows, read_tokenizer
@@ -49,7 +49,7 @@ def report(arguments: argparse.Namespace) -> None:
         rows = None if arguments.data is None else read_rows(arguments, tokenizer)
         model = read_model(arguments)
         try:
-            head, norm = output_head(model), final_norm(model)
+            head, norm = single_head(model), final_norm(model)
             inputs = None
             if rows is not None:
                 given = batches(rows, arguments, tokenizer)
@@ -65,7 +65,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def measure(
-    head: OutputHead,
+    head: Head,
     norm: FinalNorm | None,
     inputs: HeadInputs | None,
     arguments: argparse.Namespace,
@@ -169,7 +169,7 @@ def _in_training(own: HeadTransform, arguments: argparse.Namespace) -> HeadTrans
     return replace(transform, softcap=arguments.softcap)
 
 
-def _folded_bias(head: OutputHead, shift: Tensor) -> Tensor | None:
+def _folded_bias(head: Head, shift: Tensor) -> Tensor | None:
     """The logits of the shift alone, (V,), which are the bias of a head that the norm is part of."""
     if not shift.any():
         return head.bias
@@ -183,7 +183,7 @@ def _norms(hidden: Tensor) -> Tensor:
     return torch.cat([chunk.float().norm(dim=1) for chunk in torch.split(hidden, _ROWS)])
 
 
-def _observed(head: OutputHead, inputs: HeadInputs, optimum: dict[str, float]) -> dict[str, float]:
+def _observed(head: Head, inputs: HeadInputs, optimum: dict[str, float]) -> dict[str, float]:
     """What the model is like on the sample: the most likely token's margin and probability."""
     with torch.no_grad():
         stats = head.logit_stats(inputs.hidden, inputs.target)

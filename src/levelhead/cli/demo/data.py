@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from levelhead.ops.checks import IGNORE_INDEX
+
 from ..errors import CliError
 from ..rows import json_object, lines, text_field, usable
 
-IGNORE_INDEX = -100  # transformers': no loss at this position
 MAX_TRAINING, MAX_HELD_OUT = 800, 2000  # what two cores manage in two minutes, over three seeds
 MIN_ROWS = 50
 MAX_WORDS = 256

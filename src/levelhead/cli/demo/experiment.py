@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.progress import Progress
 
 import levelhead
+from levelhead.ops.checks import IGNORE_INDEX
 
 from ..output import make_folder, write_json
 from ..progress import progress_bar
 from .data import (
-    IGNORE_INDEX,
     Tokens,
     Vocabulary,
     read_jsonl,

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from levelhead import patch_model
+from levelhead.ops.checks import IGNORE_INDEX
 
-from .data import IGNORE_INDEX, Batch, Tokens, collate
+from .data import Batch, Tokens, collate
 
 
 @dataclass(frozen=True)

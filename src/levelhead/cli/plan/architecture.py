@@ -40,8 +40,8 @@ def read_architecture(
             can serve; `transformers` is missing.
     """
     try:
-        from levelhead.integrations.heads import output_heads
-        from levelhead.integrations.probe import probe_head
+        from levelhead.integrations.patch.heads import output_heads
+        from levelhead.integrations.patch.probe import probe_head
 
         from ..models import load_skeleton
     except ModuleNotFoundError as error:

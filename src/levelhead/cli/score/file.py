@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from levelhead.integrations.scoring import Score
+from levelhead.scoring import Score
 
 SETTINGS = b"levelhead"  # the key of the settings, as JSON, in the metadata of the schema
 _ROWS_AT_A_TIME = 1000

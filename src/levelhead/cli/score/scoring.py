@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from levelhead import __version__
-from levelhead.integrations.scoring import (
+from levelhead.scoring import (
     PHRASINGS,
     Prompt,
     Prompter,

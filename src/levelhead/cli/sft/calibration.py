@@ -24,9 +24,10 @@ from levelhead.objectives.calibration_aware import (
 )
 from levelhead.objectives.rcft import CalibrationAware, choice_logits
 from levelhead.objectives.regime import Regime, calibration_regime
+from levelhead.ops.checks import IGNORE_INDEX
 
 from ..errors import CliError
-from .tokens import IGNORE_INDEX, Tokens
+from .tokens import Tokens
 
 _FILE = "expectation.safetensors"  # in a checkpoint: what the last E-step before it found
 _OF_RCFT = ("ece", "ece_weight", "em_refresh")

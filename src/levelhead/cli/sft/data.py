@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from levelhead.integrations.fields import json_type
+from levelhead.scoring.fields import json_type
 
 from ..rows import text_field
 

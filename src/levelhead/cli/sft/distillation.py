@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from levelhead.ops.checks import IGNORE_INDEX
+
 from ..errors import CliError
 from ..teacher.store import TeacherStore, vocabulary_digest
 from .preparation import Counts
-from .tokens import IGNORE_INDEX, Collator
+from .tokens import Collator
 
 
 class TaughtRows(Dataset[dict[str, Any]]):

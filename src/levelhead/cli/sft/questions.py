@@ -7,11 +7,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from levelhead.integrations.scoring import Prompter, Question
+from levelhead.ops.checks import IGNORE_INDEX
+from levelhead.scoring import Prompter, Question
 
 from ..errors import CliError
 from .preparation import Kind
-from .tokens import IGNORE_INDEX, Collator
+from .tokens import Collator
 
 _IDS = pa.list_(pa.int32())
 

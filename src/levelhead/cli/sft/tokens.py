@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from levelhead.ops.checks import IGNORE_INDEX
+
 from ..errors import CliError
 from .data import Chat, Pair
 
-IGNORE_INDEX = -100  # transformers': no loss at this position
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # around what the assistant says
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from levelhead.integrations.hidden import head_input, output_head
+from levelhead.heads.head import head_input, single_head
 from levelhead.ops import linear_topk
+from levelhead.ops.checks import IGNORE_INDEX
 
 from ..errors import CliError
-from ..sft.tokens import IGNORE_INDEX, Collator
+from ..sft.tokens import Collator
 from .store import Forced, Row
 
 
@@ -29,7 +30,7 @@ class Forcing:
 
     def __init__(self, model: Any, k: int, collator: Collator, batch_size: int) -> None:
         try:
-            self._head = output_head(model)
+            self._head = single_head(model)
         except ValueError as error:
             raise CliError(str(error)) from error
         if not self._head.transform.shift:

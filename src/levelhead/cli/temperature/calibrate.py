@@ -13,9 +13,8 @@ from rich.table import Table
 
 import levelhead
 from levelhead.calibration import calibration_error
-from levelhead.integrations.hidden import HeadInputs, OutputHead, collect, output_head
-from levelhead.integrations.temperature import fit_temperature
-from levelhead.integrations.temperature_export import apply_temperature
+from levelhead.heads.head import Head, HeadInputs, collect, single_head
+from levelhead.heads.temperature import apply_temperature, fit_temperature
 
 from ..errors import CliError
 from ..output import make_folder, write_json
@@ -72,7 +71,7 @@ def _calibrated(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]
     model = read_model(arguments)
     halves = (rows.select(range(first, len(rows), 2)) for first in (0, 1))
     try:
-        head = output_head(model)
+        head = single_head(model)
         fitted_on, reported_on = (
             collect(model, batches(half, arguments, tokenizer), max_tokens=arguments.max_tokens)
             for half in halves
@@ -108,7 +107,7 @@ def _write(model: Any, tokenizer: Any, summary: dict[str, Any], folder: Path) ->
         raise CliError(f"cannot write the model to {folder}: {error}") from error
 
 
-def _measures(head: OutputHead, inputs: HeadInputs, temperature: float) -> dict[str, float]:
+def _measures(head: Head, inputs: HeadInputs, temperature: float) -> dict[str, float]:
     """Negative log-likelihood, calibration and accuracy of tokens at a temperature."""
     with torch.no_grad():
         stats = head.logit_stats(inputs.hidden, inputs.target, temperature)

@@ -5,8 +5,8 @@ import torch
 from tests.integrations.tiny_models import FAMILIES, batch, tiny
 from torch import nn
 
-from levelhead.integrations.final_norm import final_norm
-from levelhead.integrations.hidden import head_input
+from levelhead.heads.final_norm import final_norm
+from levelhead.heads.head import head_input
 
 
 def shaken(family, **options):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ...ops import LogitStats
-from ..head_stats import Head, find_head, head_stats
+from ..heads.head import Head, find_head, logit_stats_at
+from ..ops import LogitStats
 from .prompts import Prompt
 
 Confidence = Literal["msp", "choice_probability"]
@@ -146,34 +146,9 @@ def position_limit(model: Any) -> int | None:
 
 def _stats(model: nn.Module, head: Head, batch: list[Prompt], pad_token_id: int) -> LogitStats:
     """Statistics of the logits at the last token of each prompt, (B,), picked (B, most letters)."""
-    picks = _padded([prompt.letter_ids for prompt in batch], -1, "right")
-    caught: list[LogitStats] = []
-
-    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        hidden = args[0]
-        if hidden.dim() != 3 or len(hidden) != len(batch):
-            raise RuntimeError(
-                f"the head of {type(head.model).__name__} was called with hidden states of shape "
-                f"{tuple(hidden.shape)}, which are not those of {len(batch)} prompts; scoring needs a "
-                "model that calls its head once, with hidden states (B, T, D)"
-            )
-        caught.append(head_stats(module, hidden[:, -1], picks, head.transform))
-        # The forward goes on with the logits of one token, in place of those of all.
-        return (hidden[:1, -1:],)
-
-    handles = [module.register_forward_pre_hook(take) for module in head.modules]
-    try:
-        with torch.no_grad():
-            model(**_inputs(head.model, batch, pad_token_id))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(caught) != 1:
-        raise RuntimeError(
-            f"{type(head.model).__name__} called its head {len(caught)} times in one forward, where "
-            "scoring understands one; a model compiled by torch.compile must be scored before it is"
-        )
-    return caught[0]
+    last = torch.full((len(batch),), -1)
+    letters = _padded([prompt.letter_ids for prompt in batch], -1, "right")
+    return logit_stats_at(model, head, _inputs(head.model, batch, pad_token_id), last, letters)
 
 
 def _inputs(model: Any, batch: list[Prompt], pad_token_id: int) -> dict[str, Any]:

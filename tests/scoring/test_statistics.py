@@ -7,7 +7,7 @@ import torch
 from tests.integrations.tiny_models import VOCAB_SIZE, tiny
 
 from levelhead.integrations import patch_model
-from levelhead.integrations.scoring import Prompt, Question, score_prompts
+from levelhead.scoring import Prompt, Question, score_prompts
 
 LETTERS = (11, 5, 23, 40, 8)
 
@@ -81,7 +81,7 @@ def test_batches_with_padding_equal_one_by_one(family, batch_size):
 
 
 def test_windows_of_batches_keep_the_order_of_the_questions(monkeypatch):
-    monkeypatch.setattr("levelhead.integrations.scoring.scores._BATCHES_TO_SORT", 2)
+    monkeypatch.setattr("levelhead.scoring.scores._BATCHES_TO_SORT", 2)
     model = sure("llama")
     got = list(score_prompts(model, prompts(), batch_size=2))
     assert [score.question_id for score in got] == list("1234567")

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ..head_stats import find_head
+from ..heads.head import find_head
 from .prompts import PHRASINGS, Phrasing, Prompt, Prompter
 from .questions import Question
 from .scores import Confidence, Score, position_limit, score_prompts

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.checks import IGNORE_INDEX
+from .api import patch_model, unpatch_model
 from .heads import language_model
-from .loss_call import IGNORE_INDEX
 from .loss_head import LossHead
 from .options import check_smoothing
-from .patch import patch_model, unpatch_model
-from .patched import PatchState, patch_state
+from .state import PatchState, patch_state, set_patch_state
 
 _SUM_ROUNDINGS = 1024  # what a sum of a million terms may lose: the square root of their number
 _LOSS_SCALE = 2.0**16  # where torch.amp.GradScaler starts
@@ -143,14 +143,14 @@ def check_patch(
         )
     if before is None:
         patch_model(model)
-    patch = before or vars(inner)["_levelhead"]
+    patch: Any = before or patch_state(inner)
     if smoothing is not None:
         patch = replace(patch, smoothing=smoothing)
     try:
         with _left_as_it_was(model), torch.enable_grad():
             result = _compare(model, inner, patch, dict(batch))
     finally:
-        vars(inner)["_levelhead"] = patch if before is None else before
+        set_patch_state(inner, patch if before is None else before)
         if before is None:
             unpatch_model(model)
     sys.stdout.write(f"{result}\n")
@@ -183,7 +183,7 @@ def _compare(
     model: nn.Module, inner: nn.Module, patch: PatchState, batch: dict[str, Any]
 ) -> PatchCheck:
     dense = _dense_step(model, inner, patch, batch)
-    vars(inner)["_levelhead"] = patch
+    set_patch_state(inner, patch)
     with _same_random_numbers(model):
         loss = model(**batch)[0]
     got = _gradients(model, loss * dense.scale)
@@ -224,7 +224,7 @@ class _DenseStep:
 def _dense_step(
     model: nn.Module, inner: nn.Module, patch: PatchState, batch: dict[str, Any]
 ) -> _DenseStep:
-    del vars(inner)["_levelhead"]  # until the patched step: the classes alone do nothing
+    set_patch_state(inner, None)  # until the patched step: the classes alone do nothing
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     # Seen at the head, not asked of autocast: accelerate enters that within the model's forward.
     hooks = [

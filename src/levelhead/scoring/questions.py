@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from ..fields import check_text
+from .fields import check_text
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 from scipy import optimize
-from tests.integrations.test_hidden import own_logits
+from tests.heads.test_head import own_logits
 from tests.integrations.tiny_models import batch, tiny
 
-from levelhead.integrations.hidden import HeadInputs, OutputHead, collect, output_head
-from levelhead.integrations.probe import HeadTransform
-from levelhead.integrations.temperature import fit_temperature
+from levelhead.heads.head import Head, HeadInputs, collect, single_head
+from levelhead.heads.temperature import fit_temperature
+from levelhead.integrations.patch.probe import HeadTransform
 
 
 def dense_fit(z, target):
@@ -31,6 +32,13 @@ def dense_fit(z, target):
     return math.exp(found.x)
 
 
+def head_of(weight, bias, transform, kind=Head):
+    """A head that is a layer alone."""
+    layer = nn.Linear(1, 1, bias=bias is not None)
+    layer.weight, layer.bias = (None if p is None else nn.Parameter(p) for p in (weight, bias))
+    return kind(layer, [layer], transform)
+
+
 def problem(seed, tokens, *, overconfidence, softcap=None, logit_scale=1.0, with_bias=False):
     """Targets drawn from softmax(z / overconfidence)."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +47,7 @@ def problem(seed, tokens, *, overconfidence, softcap=None, logit_scale=1.0, with
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     hidden, weight, bias = normal(tokens, 8), normal(30, 8), normal(30) if with_bias else None
-    head = OutputHead(weight, bias, HeadTransform(logit_scale, softcap))
+    head = head_of(weight, bias, HeadTransform(logit_scale, softcap))
     z = head.transform(F.linear(hidden, weight, bias))
     share = (z / overconfidence).softmax(-1)
     target = torch.multinomial(share, 1, generator=generator)[:, 0]
@@ -77,13 +85,13 @@ def test_it_equals_the_dense_fit_on_the_logits_of_models(family):
     inputs = HeadInputs(collect(model, [batch()]).hidden.repeat(50, 1), drawn)
     want = dense_fit(z, drawn)
     assert 0.5 < want < 5
-    assert fit_temperature(output_head(model), inputs) == pytest.approx(want, rel=1e-5)
+    assert fit_temperature(single_head(model), inputs) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(dtype):
     head, inputs, _ = problem(1, 500, overconfidence=1.5)
-    narrow = OutputHead(head.weight.to(dtype), None, head.transform)
+    narrow = head_of(head.weight.to(dtype), None, head.transform)
     rounded = HeadInputs(inputs.hidden.to(dtype), inputs.target)
     z = F.linear(rounded.hidden.double(), narrow.weight.double())
     # The products of the rounded numbers accumulate in float32.
@@ -92,7 +100,7 @@ def test_dtypes(dtype):
 
 def test_it_keeps_no_graph():
     head, inputs, _ = problem(1, 50, overconfidence=1.5)
-    head = OutputHead(torch.nn.Parameter(head.weight), None, head.transform)
+    head = head_of(torch.nn.Parameter(head.weight), None, head.transform)
     fit_temperature(head, inputs)
     assert head.weight.grad is None
 
@@ -101,12 +109,12 @@ def test_a_dozen_products_with_the_head_suffice():
     head, inputs, _ = problem(2, 300, overconfidence=3.7)
     calls = []
 
-    class Counting(OutputHead):
+    class Counting(Head):
         def logit_stats(self, *args):
             calls.append(args)
             return super().logit_stats(*args)
 
-    fit_temperature(Counting(head.weight, None, head.transform), inputs)
+    fit_temperature(head_of(head.weight, None, head.transform, Counting), inputs)
     assert len(calls) <= 14
 
 
@@ -114,7 +122,7 @@ def test_a_dozen_products_with_the_head_suffice():
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: certain to the last bit
 def test_no_temperature_is_best_where_all_are_right(scale, dtype):
     head, inputs, z = problem(3, 100, overconfidence=1.0)
-    head = OutputHead(head.weight.to(dtype) * scale, None, head.transform)
+    head = head_of(head.weight.to(dtype) * scale, None, head.transform)
     right = HeadInputs(inputs.hidden.to(dtype), z.argmax(-1))
     with pytest.raises(ValueError, match="gets these 100 tokens right"):
         fit_temperature(head, right)

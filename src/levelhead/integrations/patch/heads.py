@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..ops.checks import is_dtensor
+from ...ops.checks import is_dtensor
 
 # Those that the ops multiply: no float8, which is a quantised weight without its scales.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from levelhead.integrations.scoring import Question
+from levelhead.scoring import Question
 
 ROW = {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": 1}
 

@@ -9,7 +9,7 @@ from tests.integrations.tiny_tokenizers import (
     word_level,
 )
 
-from levelhead.integrations.scoring import PHRASINGS, Prompter, Question
+from levelhead.scoring import PHRASINGS, Prompter, Question
 
 QUESTION = Question("what {is} it?", ("plum", "fig", "apple", "pear"), 2)
 TIGHT = (

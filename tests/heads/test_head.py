@@ -7,7 +7,7 @@ from tests.integrations.tiny_models import FAMILIES, batch, next_tokens, tiny
 from torch import nn
 
 from levelhead import patch_model
-from levelhead.integrations.hidden import collect, head_input, output_head
+from levelhead.heads.head import collect, head_input, single_head
 
 
 def own_logits(model, labelled):
@@ -23,7 +23,7 @@ def own_logits(model, labelled):
 def test_statistics_are_those_of_the_logits_divided_by_the_temperature(family):
     model = tiny(family, torch.float32)
     inputs = collect(model, [batch(), batch()])
-    stats = output_head(model).logit_stats(inputs.hidden, inputs.target, 0.7)
+    stats = single_head(model).logit_stats(inputs.hidden, inputs.target, 0.7)
     z, target = own_logits(model, batch())
     z, target = torch.cat([z, z]) / 0.7, torch.cat([target, target])
     assert torch.equal(inputs.target, target)
@@ -40,7 +40,7 @@ def test_a_patched_model_gives_the_same():
     plain, patched = tiny("cohere"), patch_model(tiny("cohere"), eval_logits=False)
     want, got = collect(plain, [batch()]), collect(patched, [batch()])
     assert torch.equal(got.hidden, want.hidden)
-    assert output_head(patched).transform == output_head(plain).transform
+    assert single_head(patched).transform == single_head(plain).transform
     assert patched(**batch()).loss is not None  # no call was left under way
 
 
@@ -73,7 +73,7 @@ def test_an_encoder_decoder_predicts_the_labels_themselves():
     )
     model = transformers.T5ForConditionalGeneration(config).eval()
     inputs = collect(model, [batch()])
-    stats = output_head(model).logit_stats(inputs.hidden, inputs.target)
+    stats = single_head(model).logit_stats(inputs.hidden, inputs.target)
     loss = (stats.logsumexp - stats.picked).mean()
     torch.testing.assert_close(loss, model(**batch()).loss)
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import autocast_is_on, is_dtensor
+from ...ops.checks import IGNORE_INDEX, autocast_is_on, is_dtensor
 from .heads import intercepts_linear
 from .hollow import version
 from .labels import check_labels
-from .loss_call import IGNORE_INDEX, LossCall, Shown, some_tokens, under_way
+from .loss_call import LossCall, Shown, some_tokens, under_way
 from .stand_in import mark
 
 # Heads that have warned of a call past the forward of their model.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .head_stats import find_head, head_stats
-from .loss_call import IGNORE_INDEX
+from ..ops.checks import IGNORE_INDEX
+from .head import find_head
 
 
 class TokenCalibration:
@@ -81,14 +81,14 @@ class TokenCalibration:
             head.register_forward_pre_hook(self._measure) for head in self._head.modules
         ]
 
-    def _measure(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _measure(self, module: nn.Linear, args: tuple[Any, ...]) -> None:
         if module.training:
             return
         self._add(module, args[0])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _add(self, module: nn.Module, hidden: Tensor) -> None:
+    def _add(self, module: nn.Linear, hidden: Tensor) -> None:
         target, self._target = self._target, None
         if target is None:
             return
@@ -100,7 +100,7 @@ class TokenCalibration:
             )
         labelled = target != IGNORE_INDEX
         target = target[labelled]
-        stats = head_stats(module, hidden[labelled], target, self._head.transform)
+        stats = self._head.logit_stats(hidden[labelled], target, module=module)
         columns = (stats.confidence, (stats.argmax == target).to(stats.max), stats.entropy)
         confidence, correct, entropy = torch.stack(columns).cpu().double()
         index = torch.bucketize(confidence, self._edges, right=True)

@@ -1,76 +1,26 @@
-"""The class of a patched model: when its forward computes the smoothed loss, and what is refused.
-
-Why classes are swapped. A patched model is an instance of a subclass of its own class, under the
-same name, and its head is a `LossHead`. Methods set on the instances instead would be lost in
-pickles, in the modules that accelerate rebuilds and in data-parallel replicas, or stay bound to the
-original there. A class travels with its instance through deepcopy, pickle and `torch.save`, and
-FSDP2, which swaps classes itself, composes with it.
-
-Why the head computes the loss: see loss_head.py. What may change on the way to it: see loss_call.py.
-"""
+"""What a call of a patched model must do about its loss, and what it is refused for before it begins."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import can_look
+from ...ops.checks import IGNORE_INDEX
 from .callers import refuse_missing_logits, refuse_other_losses
-from .forward import forward_with_loss
 from .heads import class_path, inner_heads
-from .hollow import accepted
-from .loss_call import IGNORE_INDEX, LossCall, NoLoss, Objective, Shown, run, under_way
+from .loss_call import LossCall, NoLoss
 from .loss_head import LossHead
-from .options import check_positive
-from .probe import HeadTransform, Probed, code_of, probe, read_by
+from .probe import code_of, probe, read_by
 from .probe_loss import loss_source
-from .reads import Seen, watched
-
-
-@dataclass(frozen=True)
-class PatchState:
-    """What a patched model carries in its `__dict__`: what the probe has found, and options."""
-
-    probed: Probed
-    smoothing: float | Tensor
-    temperature: float | Tensor
-    softcap: float | Tensor | None
-    eval_smoothing: float
-    eval_logits: bool
-    objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
-    looks: int = 0  # how often what its loss reads has changed
-    seen: Seen = field(default_factory=Seen, compare=False)
-    # What changes in the model without effect on its loss, by place and name.
-    no_matter: frozenset[tuple[str, str]] = frozenset()
-
-    @property
-    def transform(self) -> HeadTransform:
-        """What the model does with the output of its head."""
-        return self.probed.transform
-
-    def training_transform(self) -> HeadTransform:
-        """The model's own transform, then temperature and softcap."""
-        if isinstance(self.temperature, Tensor) and can_look(self.temperature):
-            check_positive("temperature", self.temperature)  # it may have been filled since
-        own = self.transform
-        if isinstance(self.temperature, Tensor) or self.temperature != 1:
-            own = own.at_temperature(self.temperature)
-        softcap: Any = self.softcap
-        return own if softcap is None else replace(own, softcap=softcap)
-
-
-def patch_state(model: nn.Module) -> PatchState | None:
-    """The patch of `model`, if it has one."""
-    return vars(model).get("_levelhead")  # not getattr, which a wrapper would forward
+from .reads import watched
+from .state import PatchState, patch_state, set_patch_state
 
 
 def trains(model: nn.Module) -> bool:
@@ -78,139 +28,7 @@ def trains(model: nn.Module) -> bool:
     return model.training or torch.is_grad_enabled()
 
 
-@functools.cache
-def patched_class(original: Any) -> Any:
-    """The subclass of `original` whose instances are patched; it goes by the name of `original`."""
-    signature = inspect.signature(original.forward)
-    names = _positional_names(original)
-    unpatched_loss_function = original.loss_function.fget
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        skip_logits = kwargs.pop("skip_logits", None)
-        columns = _take_columns(self, kwargs)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        # Too many arguments, or one given twice: Python's own TypeError, or *args that nobody can name.
-        misused = len(given) < len(args) + len(kwargs)
-        call: LossCall | NoLoss = NoLoss.WITHOUT_LABELS
-        if not misused:
-            call = loss_call(self, given, skip_logits=skip_logits, columns=columns)
-        if isinstance(call, NoLoss):
-            return run(call, original.forward, self, *args, **kwargs)
-        return forward_with_loss(self, call, original.forward, given)
-
-    # Not functools.wraps: accelerate's unwrap_model follows __wrapped__ and would drop the patch.
-    # Trainer reads the signature to choose columns and to see that the loss takes num_items.
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = original.forward.__doc__
-    forward.__qualname__ = original.forward.__qualname__
-
-    def own_loss_function(self: Any) -> Any:
-        call = under_way()
-        if isinstance(call, LossCall):
-            return call.loss_function
-        if call is NoLoss.LEFT_ALONE or not trains(self):
-            return unpatched_loss_function(self)
-        return functools.partial(_refuse_loss, type(self).__name__, call)
-
-    def set_attribute(self: Any, name: str, value: Any) -> None:
-        if name == "forward":
-            value = _replacement(self, value)
-        original.__setattr__(self, name, value)
-
-    def show(self: Any) -> str:
-        state = patch_state(self)
-        if state is None:
-            return str(original.__repr__(self))
-        return str(run(Shown(shown_options(state)), original.__repr__, self))
-
-    namespace = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "__setattr__": set_attribute,
-        "__reduce_ex__": lambda self, _protocol: (_rebuild, (original,), self.__getstate__()),
-        "__repr__": show,
-        "_levelhead_original": original,
-        "_levelhead_returns_dict": "return_dict" in accepted(original, {"return_dict": True}),
-        "forward": forward,
-        "loss_function": property(own_loss_function, original.loss_function.fset),
-    }
-    return type(original.__name__, (original,), namespace)
-
-
-def _rebuild(original: Any) -> nn.Module:
-    """An empty patched instance, for pickle and copy to fill with the state of the old one."""
-    subclass = patched_class(original)
-    instance: nn.Module = subclass.__new__(subclass)
-    return instance
-
-
-def shown_options(state: PatchState) -> str:
-    """The options of a patch, as `print(model)` shows them at its head."""
-    options: dict[str, Any] = {"smoothing": state.smoothing}
-    if isinstance(state.temperature, Tensor) or state.temperature != 1:
-        options["temperature"] = state.temperature
-    if state.softcap is not None:
-        options["softcap"] = state.softcap
-    if state.objective is not None:
-        options["objective"] = state.objective
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _positional_names(cls: Any) -> list[str]:
-    """What the positional arguments of a forward are called; if it is `(*args, **kwargs)`, of the one it inherits."""
-    for base in cls.__mro__:
-        if "forward" in vars(base):
-            parameters = list(inspect.signature(base.forward).parameters.values())[1:]
-            if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-                return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return []
-
-
-def _refuse_loss(name: str, call: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """What a patched model gets for its loss function in a call that would train without smoothing."""
-    if call is NoLoss.WITHOUT_LABELS:
-        raise RuntimeError(
-            f"the patched {name} computes a loss in a call that was given no labels by that name, so "
-            "it would not be smoothed. Pass them as labels=..."
-        )
-    raise RuntimeError(
-        f"the loss_function of the patched {name} was called past the forward that patch_model gave "
-        "it: the forward was replaced or bypassed, and the loss would not be smoothed. Wrap the "
-        "forward that the patched model has, or replace it before patch_model"
-    )
-
-
-def _replacement(model: nn.Module, forward: Any) -> Any:
-    """What a patched model takes where a forward that would train past the patch is set on it."""
-    function = getattr(forward, "__func__", forward)
-    # A decorated function goes by the module of what it wraps: TRL's, around ours, by this one.
-    modules = (
-        getattr(function, "__module__", ""),
-        getattr(function, "__globals__", {}).get("__name__"),
-    )
-    packages = {str(module).partition(".")[0] for module in modules}
-    if "liger_kernel" in packages:
-        raise RuntimeError(
-            f"Liger replaces the forward of the patched {type(model).__name__}, so that it would "
-            "train without smoothing. Keep its other kernels with "
-            'liger_kernel_config={"fused_linear_cross_entropy": False}, or use unpatch_model'
-        )
-    if "trl" in packages:
-        from .trl import adapt
-
-        return adapt(model, forward)
-    return forward
-
-
-def _take_columns(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Take what the objective needs out of the arguments of a forward, which the model does not know."""
-    state = patch_state(model)
-    names = () if state is None or state.objective is None else state.objective.columns
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
-
-
-def loss_call(
+def new_call(
     model: Any,
     given: dict[str, Any],
     *,
@@ -385,7 +203,7 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
             stacklevel=4,
         )
     state = replace(state, probed=probed, no_matter=no_matter, looks=looks)
-    vars(model)["_levelhead"] = state
+    set_patch_state(model, state)
     return state
 
 

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from ..ops import linear_cross_entropy
-from ..ops.checks import can_look, is_dtensor
+from ...ops import linear_cross_entropy
+from ...ops.checks import IGNORE_INDEX, can_look, is_dtensor
 from .hollow import version
 from .probe import HeadTransform
 from .stand_in import ChangedError, StandIn, is_compiled, mark, no_logits
-
-IGNORE_INDEX = -100  # of transformers' losses
 
 # How far the logits may be from what the probe has found, as a share: room for float32 in another order.
 _LOGITS_TOLERANCE = 1e-3
@@ -46,7 +44,7 @@ _OUTPUT_OPTIONS = frozenset(
 
 
 class Objective(Protocol):
-    """A loss of tokens other than the smoothed cross-entropy; see `objective.py`."""
+    """A loss of tokens other than the smoothed cross-entropy; see `set_objective`."""
 
     @property
     def columns(self) -> tuple[str, ...]:

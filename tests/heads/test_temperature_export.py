@@ -12,8 +12,8 @@ import transformers
 from tests.integrations.tiny_models import batch, tiny
 
 from levelhead import patch_model
-from levelhead.integrations.hidden import head_input
-from levelhead.integrations.temperature_export import apply_temperature
+from levelhead.heads.head import head_input
+from levelhead.heads.temperature import apply_temperature
 
 WAYS = [
     ("llama", {}, "head"),

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import language_model
-from .hidden import head_input
+from ..integrations.patch.heads import language_model
+from .head import head_input
 
 _TOLERANCE = 1e-4  # of float32 sums over thousands of units, relative to the largest
 

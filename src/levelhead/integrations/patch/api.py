@@ -1,13 +1,14 @@
-"""Train a Hugging Face causal language model with smoothed labels and without its logits."""
+"""What users call: train a Hugging Face causal language model with smoothed labels and without its logits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..ops.checks import is_dtensor
+from ...ops.checks import is_dtensor
 from .heads import (
     BOUND_FORWARDS,
     check_module,
@@ -16,12 +17,16 @@ from .heads import (
     linear_heads,
     original_class,
     output_heads,
+    path_of_head,
     refusal,
 )
+from .loss_call import Objective
 from .loss_head import LossHead, loss_head
+from .new_call import check_call
 from .options import check_options
-from .patched import PatchState, patch_state, patched_class
+from .patched import patched_class
 from .probe import probe
+from .state import PatchState, patch_state, set_patch_state
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -107,9 +112,8 @@ def patch_model(
                 vars(head)["_levelhead_forward"] = vars(head).pop("forward")
     if not patched:
         _become(inner, patched_class(original_class(inner)))
-    vars(inner)["_levelhead"] = PatchState(
-        probed, smoothing, temperature, softcap, eval_smoothing, eval_logits
-    )
+    state = PatchState(probed, smoothing, temperature, softcap, eval_smoothing, eval_logits)
+    set_patch_state(inner, state)
     return model
 
 
@@ -133,6 +137,137 @@ def unpatch_model(model: ModelT) -> ModelT:
     return model
 
 
+def set_objective(model: ModelT, objective: Objective | None) -> ModelT:
+    """Make a patched model train on `objective`; None goes back to the smoothed cross-entropy.
+
+    The loss of a training call with `labels` is then the sum of the objective's losses over the
+    valid tokens, times the `temperature` of `patch_model`, over their number or
+    `num_items_in_batch`. The temperature and the softcap of `patch_model` hold for it, its smoothing
+    does not. Calls in eval mode without gradients are what
+    they were.
+
+    Args:
+        model: what `patch_model` has patched, or a wrapper around it; changed in place.
+        objective: called as `objective(input, linear_weight, target, linear_bias=..., softcap=...,
+            logit_scale=..., **columns)` with hidden states `(..., T, D)` and the token to predict at
+            each position, `(..., T)`, -100 for none; `columns` are the tensors of the batch that
+            `objective.columns` names. Returns the loss of each token, `(..., T)`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model is not patched.
+
+    Example:
+        >>> model = set_objective(patch_model(model), Distillation("renormalised"))
+        >>> batch = {"input_ids": ids, "labels": ids, "teacher_ids": top.indices}
+        >>> loss = model(**batch, teacher_log_probs=top.log_probs).loss
+    """
+    inner = language_model(model)
+    state = patch_state(inner)
+    if state is None:
+        raise ValueError(
+            f"set_objective needs a patched model, and {type(inner).__name__} is not; call "
+            "levelhead.patch_model(model) first"
+        )
+    set_patch_state(inner, replace(state, objective=objective))
+    return model
+
+
+@dataclass(frozen=True)
+class PatchInfo:
+    """The options of a patch and what it found in the model; `str()` of it says both.
+
+    Attributes:
+        model: the class of the patched language model.
+        head: where its output head is, within it.
+        smoothing: of `patch_model`, a number or a float32 Tensor of shape (), as the next two.
+        temperature: of training, a number or a float32 Tensor of shape ().
+        softcap: of training, a number, a float32 Tensor of shape (), or None.
+        eval_smoothing: of calls in eval mode without gradients.
+        eval_logits: whether those give logits.
+        objective: what `set_objective` trains on in place of the smoothed cross-entropy, or None.
+        training: whether the language model itself is in training mode, whatever its wrappers say.
+        logit_scale: found in the model: the factor on the output of its head.
+        own_softcap: found in the model: the cap of its logits, or None.
+        vocab_size: found in the model: how many entries of its head reach its loss; None: all.
+        shift: found in the model: whether it shifts its labels.
+        own_loss: found in the model: whether it computes its loss, in nats, without `loss_function`.
+    """
+
+    model: str
+    head: str
+    smoothing: float | Tensor
+    temperature: float | Tensor
+    softcap: float | Tensor | None
+    eval_smoothing: float
+    eval_logits: bool
+    objective: Any
+    training: bool
+    logit_scale: float
+    own_softcap: float | None
+    vocab_size: int | None
+    shift: bool
+    own_loss: bool
+
+    def __str__(self) -> str:
+        loss = "a smoothed cross-entropy" if self.objective is None else f"{self.objective!r}"
+        mode = "training" if self.training else "eval"
+        vocabulary = "all" if self.vocab_size is None else f"the first {self.vocab_size}"
+        return (
+            f"patch_model: {self.model} trains on {loss}, computed at {self.head}. It is in {mode} mode.\n"
+            f"  training    smoothing={self.smoothing}, temperature={self.temperature}, "
+            f"softcap={self.softcap}\n"
+            f"  evaluation  smoothing={self.eval_smoothing}, logits={self.eval_logits}\n"
+            f"  the model   logit_scale={self.logit_scale:g}, softcap={self.own_softcap}, "
+            f"{vocabulary} of its entries, labels {'' if self.shift else 'not '}shifted, loss of "
+            f"{'its own' if self.own_loss else 'transformers'}"
+        )
+
+
+def patch_info(model: nn.Module) -> PatchInfo | None:
+    """What `patch_model` has made of `model`.
+
+    Args:
+        model: a language model, or a wrapper around one.
+
+    Returns:
+        The options of the patch and what it found in the model; None if the model is not patched.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: there is no language model in `model`.
+        RuntimeError: the patched model would refuse a call, since it was changed after the patch.
+
+    Example:
+        >>> print(patch_info(patch_model(model, smoothing=0.1)))
+        patch_model: LlamaForCausalLM trains on a smoothed cross-entropy, computed at lm_head. ...
+    """
+    inner = language_model(model)
+    state = patch_state(inner)
+    if state is None:
+        return None
+    found = check_call(inner, state, {}).transform
+    return PatchInfo(
+        model=type(inner).__name__,
+        head=path_of_head(inner),
+        smoothing=state.smoothing,
+        temperature=state.temperature,
+        softcap=state.softcap,
+        eval_smoothing=state.eval_smoothing,
+        eval_logits=state.eval_logits,
+        objective=state.objective,
+        training=inner.training,
+        logit_scale=found.logit_scale,
+        own_softcap=found.softcap,
+        vocab_size=found.vocab_size,
+        shift=found.shift,
+        own_loss=found.own_loss,
+    )
+
+
 def _unpatch(model: Any) -> None:
     original = original_class(model)
     if type(model) is not patched_class(original):
@@ -152,7 +287,7 @@ def _unpatch(model: Any) -> None:
         if "_levelhead_forward" in vars(head):
             vars(head)["forward"] = vars(head).pop("_levelhead_forward")
     _become(model, original)
-    del vars(model)["_levelhead"]
+    set_patch_state(model, None)
 
 
 def _become(module: Any, cls: Any) -> None:
