@@ -17,7 +17,7 @@ from levelhead.cli.plan.footprint import METHODS, Method, Problem
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
 # Many tokens, a wide head with few, a vocabulary that nothing divides.
-SHAPES = [(512, 64, 5000), (128, 256, 8001), (700, 32, 3001)]
+SHAPES = [(512, 64, 5000), (128, 96, 8001), (700, 32, 3001)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = 0.01
 VECTORS = 2**16  # bytes: what the formulas leave out

@@ -276,7 +276,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_a_wrapped_model():
-    model = torch.compile(tiny(dtype=torch.float32), backend="eager")
+    model = torch.compile(tiny(dtype=torch.float32, num_hidden_layers=1), backend="eager")
     assert check_patch(model, batch()).ok
     assert "logits" in model(**batch())
 

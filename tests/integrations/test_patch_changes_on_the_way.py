@@ -16,8 +16,8 @@ from torch import nn
 from levelhead.integrations import patch_model, unpatch_model
 
 
-def _llama(forward, **attributes):
-    model = tiny()
+def _llama(forward, layers=2, **attributes):
+    model = tiny(num_hidden_layers=layers)
     model.__class__ = type(
         "OtherForCausalLM", (transformers.LlamaForCausalLM,), {"forward": forward}
     )
@@ -26,14 +26,14 @@ def _llama(forward, **attributes):
     return model
 
 
-def _llama_with_labels(change):
+def _llama_with_labels(change, layers=2):
     def forward(self, input_ids=None, labels=None, how=None, **kwargs):
         if how is not None:
             labels = change(labels)
         own = transformers.LlamaForCausalLM.forward
         return own(self, input_ids, labels=labels, **kwargs)
 
-    return _llama(forward)
+    return _llama(forward, layers)
 
 
 def _edit_in_place(labels):
@@ -305,13 +305,13 @@ def test_a_buffer_added_to_the_logits_that_is_filled_later_is_refused():
 
 def test_where_looking_would_wait_the_loss_is_nan():
     """In compiled code, as on an accelerator."""
-    model = patch_model(_llama_with_labels(lambda y: y.masked_fill(y == y[0, 5], -100)))
+    model = patch_model(_llama_with_labels(lambda y: y.masked_fill(y == y[0, 5], -100), 1))
     model.config.use_cache = False
     compiled = torch.compile(model, backend="aot_eager")
     assert compiled(**batch()).loss.isfinite()
     loss = compiled(**batch(), how="change").loss
     assert loss.isnan()
-    scaled = torch.compile(patch_model(_llama(_scaled, scale=1)), backend="aot_eager")
+    scaled = torch.compile(patch_model(_llama(_scaled, layers=1, scale=1)), backend="aot_eager")
     assert scaled(**batch()).loss.isfinite()
     assert scaled(**batch(), scale=0.5).loss.isnan()
 

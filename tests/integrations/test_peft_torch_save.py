@@ -43,7 +43,9 @@ torch.save((list(output), output.loss.detach(), gradients), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("build", ["no adapter", "adapter first"])
+@pytest.mark.parametrize(
+    "build", [pytest.param("no adapter", marks=pytest.mark.slow), "adapter first"]
+)
 def test_another_process_trains_on_with_what_torch_save_wrote(build, tmp_path):
     model = BUILDS[build]()
     sent, came = tmp_path / "sent.pt", tmp_path / "came.pt"

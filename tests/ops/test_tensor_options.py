@@ -97,7 +97,7 @@ def test_every_implementation_reads_it(reduction: Any, name: str, impl: Any) -> 
 @pytest.mark.parametrize(("kind", "graphs"), [(torch.tensor, 1), (float, 2)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @NAMES
-@REDUCTIONS
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_schedule_is_compiled_once(
     reduction: Any, name: str, backend: str, kind: Any, graphs: int
 ) -> None:
@@ -252,9 +252,8 @@ def test_a_tensor_that_is_not_dense_is_refused(name: str) -> None:
 def test_a_schedule_that_leaves_the_range_is_refused_when_compiled(
     name: str, value: float, fullgraph: bool
 ) -> None:
-    compiled = torch.compile(
-        levelhead.linear_cross_entropy, backend="aot_eager", fullgraph=fullgraph
-    )
+    # Dynamo refuses, or the call that it breaks off at: no backend has a say in it.
+    compiled = torch.compile(levelhead.linear_cross_entropy, backend="eager", fullgraph=fullgraph)
     for valid in (0.25, 0.5):  # at the second it becomes a variable
         compiled(X, W, T, **{name: valid})
     # With a full graph the compiler's error quotes the text.
