@@ -1,7 +1,8 @@
-"""Which trainer calls a patched model, as far as the call stack tells: the model it tells nothing.
+"""Find the trainer that calls a patched model.
 
-Asked where a call would otherwise train without smoothing, or leave out what the caller goes on
-with; a training step with labels does not pay for it.
+A trainer tells its model nothing about itself, so the call stack is the only place to see it. The stack is searched
+only where a call would otherwise train without smoothing, or lack logits that the caller needs: a training step with
+labels does not pay for it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 
 
 def trainers_at_work() -> Iterator[tuple[Any, FrameType]]:
-    """The `transformers.Trainer` objects whose methods are at work, innermost first, and where."""
-    module = sys.modules.get("transformers.trainer")  # where nothing has imported it, none is
+    """Yield the `transformers.Trainer` objects whose methods are running, innermost first, and their frames."""
+    module = sys.modules.get("transformers.trainer")  # None: no Trainer exists
     frame = inspect.currentframe() if module is not None else None
     while frame is not None:
         trainer = frame.f_locals.get("self")
@@ -27,14 +28,13 @@ def trainers_at_work() -> Iterator[tuple[Any, FrameType]]:
 
 
 def trainer_of_trl(trainer: object) -> str | None:
-    """The name of the class of TRL that makes the loss of `trainer`; None: none of TRL's does."""
-    # Of a subclass, the class in TRL: one of a user's goes by what it adds to.
+    """Return the name of the class of TRL that `trainer` is, or is derived from; None: it is not TRL's."""
     classes = (cls for cls in type(trainer).__mro__ if cls.__module__.partition(".")[0] == "trl")
     return next((cls.__name__ for cls in classes), None)
 
 
 def refuse_other_losses(model: nn.Module) -> None:
-    """Refuse a training call without labels by a trainer of TRL, but for SFTTrainer.
+    """Refuse a training call without labels by a trainer of TRL other than SFTTrainer.
 
     Raises:
         RuntimeError: the loss is one that TRL makes of the logits, and would not be smoothed.
@@ -46,7 +46,7 @@ def refuse_other_losses(model: nn.Module) -> None:
 
 
 def other_loss(model: nn.Module, name: str) -> RuntimeError:
-    """The error for what of TRL has a loss that cannot be smoothed."""
+    """Return the error for a trainer of TRL whose loss cannot be smoothed."""
     return RuntimeError(
         f"the patched {type(model).__name__} cannot train with {name} of TRL, whose loss is not the "
         "cross-entropy of labels: it would not be smoothed. Use unpatch_model first; of the "
@@ -55,13 +55,13 @@ def other_loss(model: nn.Module, name: str) -> RuntimeError:
 
 
 def refuse_missing_logits(model: nn.Module) -> None:
-    """Refuse to leave the logits out of an evaluation that goes on with them.
+    """Refuse an evaluation without logits if Trainer needs them.
 
     Raises:
         RuntimeError: Trainer is to give them to `compute_metrics`, or to return them from `predict`.
     """
     for _, frame in trainers_at_work():
-        # Trainer's own: that of a user, or one that generates, may want the loss alone.
+        # Only Trainer's own method: one of a user's, or one that generates, may need the loss alone.
         if frame.f_code is sys.modules["transformers.trainer"].Trainer.prediction_step.__code__:
             if not frame.f_locals.get("prediction_loss_only", True):
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The forward of a patched model with labels: the model's own, whose head computes the loss, and what it returns."""
+"""Run a patched model's own forward with labels, and put the loss that its head computed into the output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .stand_in import NO_LOGITS, ChangedError, NoLogits, StandIn, holds_stand_in
 def forward_with_loss(
     model: Any, call: LossCall, forward: Callable[..., Any], given: dict[str, Any]
 ) -> Any:
-    """Run the model's own `forward` as `call`; its output, with the loss, perhaps without logits."""
+    """Run the model's own `forward` as `call`; return its output with the loss, without logits unless they are kept."""
     return_dict = given.pop("return_dict", None)
     if model._levelhead_returns_dict:
         given["return_dict"] = True
@@ -50,12 +50,12 @@ def forward_with_loss(
         ) from error
 
 
-# What a forward raises that stumbles over logits of one token.
+# Errors of a forward that cannot go on with the logits of one token.
 _OF_LOGITS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None) -> Any:
-    """What a forward returned, with its loss, and with logits only if they are kept."""
+    """Return what a forward returned, with the loss, and with logits only if they are kept."""
     own_loss = call.own.own_loss
     if own_loss:
         loss = call.hand_back(output_field(output, "logits"))
@@ -99,7 +99,7 @@ def _with_loss(model: Any, call: LossCall, output: Any, return_dict: bool | None
 
 
 def _forget(model: Any) -> list[str]:
-    """Take what is made of the logits off a model that has kept it; the names that it was kept by."""
+    """Remove stand-ins that a model has kept as attributes; return their names."""
     names = [name for name, value in vars(model).items() if type(value) is StandIn]
     for name in names:
         vars(model)[name] = None
@@ -107,7 +107,7 @@ def _forget(model: Any) -> list[str]:
 
 
 def _refuse_more(model: Any, output: Any) -> None:
-    """Refuse a model that keeps or returns more than its loss and logits that is made of the logits."""
+    """Refuse a model that keeps, or returns beside loss and logits, something made of the logits."""
     for name in _forget(model):
         raise no_logits(f"its {name} depends on them")
     fields = output_fields(output)
@@ -119,20 +119,20 @@ def _refuse_more(model: Any, output: Any) -> None:
 
 
 def _are_logits(value: Any) -> bool:
-    """Whether what is made of a stand-in may be the logits, and is not a number that a model calls so."""
+    """Return whether something made of a stand-in may be logits: it has more than one dimension."""
     with torch._C.DisableTorchFunctionSubclass():
         return type(value) is StandIn and value.dim() > 1
 
 
 def _is_logits(call: LossCall, value: Any = None) -> bool:
-    """Whether `value` stands for the logits, which a tuple may leave out."""
+    """Return whether `value` stands for the logits; a tuple may have none."""
     if isinstance(value, StandIn):
         return True
     return isinstance(value, torch.Tensor) and value.shape == call.logits.shape
 
 
 def _changed(output: Any, changes: dict[str, Any]) -> Any:
-    """A dataclass with other values in some of its fields."""
+    """Copy a dataclass with other values in some of its fields."""
     made = copy.copy(output)
     for field in dataclasses.fields(made):
         if field.name in changes:
@@ -144,7 +144,7 @@ def _changed(output: Any, changes: dict[str, Any]) -> Any:
 
 
 def _drop_logits(output: Any) -> Any:
-    """Make an output one that says where its logits are asked for that there are none."""
+    """Turn an output into one that raises when its logits are used, and says why there are none."""
     cls: Any = type(output)
     output.__class__ = _class_without_logits(cls)
     output._drop_logits()
@@ -155,15 +155,15 @@ def _drop_logits(output: Any) -> Any:
 
 @functools.cache
 def _looks(cls: Any) -> bool:
-    """Whether an output class of the user's may look at its logits when it is made."""
+    """Return whether an output class of the user's may read its logits in `__post_init__`."""
     look = getattr(cls, "__post_init__", None)
     return look is not None and is_of_users(look) and len(inspect.signature(look).parameters) == 1
 
 
 def _refuse_a_look(output: Any, cls: Any) -> None:
-    """Let it stumble over logits that are not there, as it saw a stand-in for them.
+    """Run `__post_init__` again on an output without logits, so that it raises if it reads them.
 
-    It looks again at a copy: it may add to the loss.
+    The first run saw a stand-in. The second one gets a copy, because it may add to the loss.
     """
     again = copy.copy(output)
     if isinstance(output.loss, torch.Tensor):
@@ -172,7 +172,7 @@ def _refuse_a_look(output: Any, cls: Any) -> None:
 
 
 def _rebuilt(cls: Any, items: dict[str, Any], attributes: dict[str, Any]) -> Any:
-    """An output without logits as it was when it was copied or pickled."""
+    """Make an output without logits from what copy or pickle kept of it."""
     made = _class_without_logits(cls)
     output = made.__new__(made)
     for name, value in items.items():
@@ -183,7 +183,10 @@ def _rebuilt(cls: Any, items: dict[str, Any], attributes: dict[str, Any]) -> Any
 
 @functools.cache
 def _class_without_logits(cls: Any) -> Any:
-    """A subclass, by the same name: whoever rebuilds an output, as Accelerate does, knows its class only."""
+    """Make the subclass of an output class whose `logits` raise.
+
+    A subclass, and not a change of the instance: Accelerate rebuilds outputs from their class.
+    """
     required = any(
         field.name == "logits" and field.default is field.default_factory
         for field in dataclasses.fields(cls)
@@ -203,7 +206,7 @@ def _class_without_logits(cls: Any) -> Any:
             drop_logits(self)
 
     def drop_logits(self: Any) -> None:
-        # An attribute, and no item: setting a field of a ModelOutput to None would leave it among them.
+        # An attribute, not an item: a field of a ModelOutput that is set to None would stay among its items.
         if "logits" in self:
             OrderedDict.__delitem__(self, "logits")
         vars(self)["logits"] = NoLogits()
@@ -216,7 +219,7 @@ def _class_without_logits(cls: Any) -> Any:
             raise KeyError(NO_LOGITS)
         if "logits" not in self and isinstance(key, (int, slice)):
             fields = list(self.to_tuple())
-            fields.insert("loss" in self, NoLogits())  # in their place, which others must not take
+            fields.insert("loss" in self, NoLogits())  # keeps later fields at their positions
             return tuple(fields)[key]
         return cls.__getitem__(self, key)
 

@@ -1,4 +1,4 @@
-"""Which layers of a model act as its output head, and whether its loss can be taken inside them."""
+"""Find the layers that act as the output head of a model, and check that its loss can be computed in them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ...ops.checks import is_dtensor
 
-# Those that the ops multiply: no float8, which is a quantised weight without its scales.
+# The dtypes that the operators multiply. A float8 weight is a quantised one without its scales.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Where Accelerate keeps the forward that its hooks call, and where it leaves it when they come off.
+# Where Accelerate keeps the forward that its hooks call, and where it puts it when they are removed.
 BOUND_FORWARDS = ("_old_forward", "forward")
 
 
 def refusal(model: nn.Module, reason: str, remedy: str) -> ValueError:
-    """The error for a model that cannot be patched: why not, and what to do."""
+    """Return the error for a model that cannot be patched: the reason, and what to do."""
     return ValueError(f"patch_model cannot serve {type(model).__name__}: {reason}. {remedy}.")
 
 
 def original_class(model: Any) -> Any:
-    """The class of `model` without the patch."""
+    """Return the class of `model` without the patch."""
     return getattr(type(model), "_levelhead_original", type(model))
 
 
 def class_path(instance: object) -> str:
-    """The class of `instance` with its module: many a class is called Linear."""
+    """Return the class of `instance` with its module: many classes are called Linear."""
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The module that returns the loss: `model` itself, or the one that its wrappers hold.
+    """Return the module that returns the loss: `model` itself, or the one inside its wrappers.
 
     Raises:
         TypeError: `model` is no module.
@@ -45,7 +45,7 @@ def language_model(model: nn.Module) -> nn.Module:
     outermost = dict(_outermost(model))
     if not outermost:
         raise refusal(model, "it has no loss_function", "Pass a Hugging Face language model")
-    # Of a wrapper around a language model and other models, a vision tower or a value head, that one.
+    # A wrapper may hold a language model beside others, such as a vision tower or a value head.
     owners = {path: m for path, m in outermost.items() if _embeddings(m) is not None}
     if len(owners) > 1:
         reason = f"it holds several language models, at {' and '.join(map(repr, owners))}"
@@ -63,9 +63,9 @@ def language_model(model: nn.Module) -> nn.Module:
 
 
 def _outermost(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The models with a loss function that are in no other such model, by path.
+    """Yield the models with a loss function that are in no other such model, by path.
 
-    A language model within a larger model does not make the loss of that.
+    A language model inside a larger model does not compute that model's loss.
     """
     if hasattr(
         type(model), "loss_function"
@@ -77,7 +77,7 @@ def _outermost(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def check_module(model: Any) -> None:
-    """Refuse what is given in place of a model: its name, its class, its weights, its trainer."""
+    """Refuse what people give in place of a model: its name, its class, its weights, its trainer."""
     if isinstance(model, nn.Module):
         return
     kind = type(model).__name__
@@ -92,7 +92,7 @@ def check_module(model: Any) -> None:
 
 
 def output_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that act as output head of `model`: one, or one for each of its copies.
+    """Return the linear layers that act as output head of `model`: one, or one for each copy.
 
     Raises:
         ValueError: the loss cannot be taken inside a call of the head, because that is not just
@@ -100,7 +100,7 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
     """
     heads, path = linear_heads(model), path_of_head(model)
     owners = [".".join(path.split(".")[:depth]) for depth in range(path.count(".") + 1)]
-    # That of a tensor-parallel head only gathers its logits, which its loss does without.
+    # The forward that transformers sets on a tensor-parallel head only gathers logits, which the loss does not need.
     exempt = [
         head
         for head in heads
@@ -120,7 +120,7 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
 
 
 def linear_heads(model: nn.Module) -> list[nn.Linear]:
-    """As `output_heads`, whatever forward was set on them or around them.
+    """Return the same as `output_heads`, whatever forward was set on the layers or on the modules around them.
 
     Raises:
         ValueError: one is no plain linear layer.
@@ -130,7 +130,7 @@ def linear_heads(model: nn.Module) -> list[nn.Linear]:
 
 
 def raw_weight(head: Any) -> Tensor:
-    """The weight of `head`; if it is parametrised, what that is made of, since to make it may change it."""
+    """Return the weight of `head`; if it is parametrised, the parameter behind it, since computing it may change it."""
     if is_parametrized(head, "weight"):
         head = head.parametrizations["weight"]
         return next(iter(head.parameters()))  # type: ignore[no-any-return]
@@ -138,14 +138,14 @@ def raw_weight(head: Any) -> Tensor:
 
 
 def _embeddings(model: nn.Module) -> nn.Module | None:
-    """The output head of `model` as it names it."""
+    """Return what `model` names as its output head."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return head if isinstance(head, nn.Module) else None
 
 
 def inner_heads(model: nn.Module, path: str) -> list[nn.Module]:
-    """What acts as output head of `model`, inside its wrappers, where one was when `path_of_head` looked."""
+    """Return the layers at the path that `path_of_head` found before, inside wrappers; [] if there is none now."""
     head: Any = model
     for name in path.split("."):
         head = head._modules.get(name)
@@ -155,20 +155,20 @@ def inner_heads(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Whether `forward` is the one of the class of `module`, bound to it."""
+    """Return whether `forward` is the forward of the class of `module`, bound to it."""
     function = getattr(forward, "__func__", None)
     return getattr(forward, "__self__", None) is module and function is type(module).forward
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Whether the forward of `module` is more than that of its class within Accelerate's hooks."""
+    """Return whether `module` has a forward other than that of its class; Accelerate's hooks do not count."""
     attributes = vars(module)
     inner = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
     return "forward" in attributes and not is_own_forward(module, inner)
 
 
 def intercepts_linear(weight: Tensor) -> bool:
-    """Whether `weight` is of a class that may multiply in its own way, as quantised ones do."""
+    """Return whether `weight` is of a class that may multiply in its own way, as quantised ones do."""
     if type(weight) in (Tensor, nn.Parameter):
         return False
     own = getattr(type(weight).__torch_function__, "__func__", None)
@@ -177,7 +177,7 @@ def intercepts_linear(weight: Tensor) -> bool:
 
 
 def path_of_head(model: nn.Module) -> str:
-    """Where the output head is in `model`, wrappers included; ValueError: nowhere."""
+    """Return the path of the output head in `model`, wrappers included; raise ValueError if there is none."""
     head = _embeddings(model)
     paths: list[str] = [name for name, module in model.named_modules() if module is head]
     if not paths:
@@ -190,7 +190,7 @@ def path_of_head(model: nn.Module) -> str:
 
 
 def _inner_heads(head: nn.Module) -> Iterator[nn.Module]:
-    """The layers inside what compilers, FSDP and PEFT's modules_to_save wrap around a head."""
+    """Yield the layers inside the wrappers that compilers, FSDP and PEFT's modules_to_save put around a head."""
     for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
         if wrapper in head._modules:
             head = head._modules[wrapper] or head
@@ -203,8 +203,8 @@ def _inner_heads(head: nn.Module) -> Iterator[nn.Module]:
 
 
 def _checked(model: nn.Module, head: Any, path: str) -> nn.Linear:
-    """The head as the linear layer that it is, or else a refusal."""
-    # A head may be patched already, as one that compiled regions share with their original.
+    """Return the head if it is a plain linear layer; refuse it if not."""
+    # A head may be patched already: compiled regions share it with their original.
     if getattr(original_class(head), "forward", None) is not nn.Linear.forward:
         raise refusal(
             model,

@@ -1,7 +1,7 @@
-"""Runs the forward of a model with stubs for its modules, to see what happens between head and loss.
+"""Run the forward of a model with stubs for its modules, to see what happens between head and loss.
 
-The backbone answers with given hidden states, the head with given logits, and everything else of the
-forward is the model's own. No weight is read or written, so that a model on the meta device will do.
+The backbone returns given hidden states and the head returns given logits; the rest of the forward is the model's own.
+No weight is read or written, so a model on the meta device will do.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ class HollowRun:
 
     Attributes:
         logits: what became of the head's output.
-        labels: None: it asked no loss function.
-        vocab_size: as the loss function was given it, like the options.
-        returned: the loss that it was handed, ().
-        leaf: what that loss is, a tensor to differentiate by.
-        output: of the forward; None if it was stopped at its loss.
+        labels: what the loss function was given; None: the forward did not call it.
+        vocab_size: what the loss function was given.
+        options: further keyword arguments of the loss function.
+        returned: the loss that the loss function returned, ().
+        leaf: the tensor that `returned` was made of, to differentiate by.
+        output: what the forward returned; None if it was stopped at its loss.
         inputs: what its modules were called with.
-        asked: what it asked its modules for that a call may leave on them, such as a router loss.
-        left: what it holds afterwards.
+        asked: attributes of its modules that it read and that a call may set, such as a router loss.
+        left: the attributes of the model afterwards.
     """
 
     logits: Any = None
@@ -50,7 +51,7 @@ class HollowRun:
 
 
 class _AtLoss(Exception):  # noqa: N818 (no error: the forward has come to its loss)
-    """Ends a forward at its loss function."""
+    """Stop a forward at its loss function."""
 
 
 def run_hollow(
@@ -63,16 +64,16 @@ def run_hollow(
     withheld: bool = False,
     past_loss: bool = False,
 ) -> HollowRun:
-    """Run the forward of `model`, in training mode, without its modules.
+    """Run the forward of `model`, in training mode, with stubs in place of its modules.
 
     Args:
         model: a language model, patched or not; what runs is its own forward.
-        path: of its head.
-        z: what its head answers, (B, T, V).
-        hidden: what its other modules answer, (B, T, D).
+        path: where its head is.
+        z: what its head returns, (B, T, V).
+        hidden: what its other modules return, (B, T, D).
         labels: (B, T).
         withheld: run it without labels, as `withhold_labels` does.
-        past_loss: go on after the loss function, which answers with a number; else it ends there.
+        past_loss: go on after the loss function, which returns a number; else stop there.
 
     Raises:
         ValueError: the forward fails.
@@ -98,10 +99,11 @@ def run_hollow(
     shell = _hollow(model, path.split("."), z, answer, found)
     original_class(model).loss_function.fset(shell, loss_function)
     mask = torch.ones_like(labels)
-    mask[-1, ::2] = 0  # must not change what the loss sees: a label on padding counts as any other
+    mask[-1, ::2] = 0  # a loss must not read the mask: a label on padding counts like any other
     ids = torch.zeros_like(labels)
     if not is_builtin(original_class(model).forward):
-        # What it makes of its labels may depend on them. (Of transformers' own, image tokens would want images.)
+        # What it makes of its labels may depend on the ids. Models of transformers get zeros: ids of image tokens
+        # would ask for images.
         ids = labels.clamp(min=0)
     given: dict[str, Any] = {
         "input_ids": ids,
@@ -109,7 +111,7 @@ def run_hollow(
         "labels": labels.clone(),
     }
     if "position_ids" in inspect.signature(type(shell).forward).parameters:
-        length = labels.shape[-1]  # of two packed sequences
+        length = labels.shape[-1]  # two packed sequences
         given["position_ids"] = (torch.arange(length) % -(-length // 2)).expand_as(labels)
     if withheld:
         withhold_labels(model, given)
@@ -135,7 +137,7 @@ def run_hollow(
 
 
 def accepted(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the forward of a class takes by name."""
+    """Return the arguments that the forward of a class takes by name."""
     parameters = inspect.signature(cls.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return given
@@ -143,7 +145,7 @@ def accepted(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def output_field(output: Any, name: str) -> Any:
-    """The loss or the logits in what a forward returned: an output class, a dictionary or a tuple."""
+    """Return the loss or the logits of what a forward returned: an output class, a dictionary or a tuple."""
     if is_mapping(output):
         return output.get(name)
     if type(output) in (tuple, list):
@@ -153,7 +155,7 @@ def output_field(output: Any, name: str) -> Any:
 
 
 def output_fields(output: Any) -> dict[str, Any]:
-    """All that a forward returned, by name; what follows loss and logits in a tuple by its position."""
+    """Return all that a forward returned, by name; entries of a tuple after loss and logits, by position."""
     if isinstance(output, Mapping):
         return dict(output)
     if type(output) is tuple:
@@ -165,19 +167,19 @@ def output_fields(output: Any) -> dict[str, Any]:
 
 
 def version(tensor: Any) -> int | None:
-    """How often `tensor` was changed in place, where torch counts that."""
+    """Return how often `tensor` was changed in place; None where torch does not count that."""
     if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
         return None
     return tensor._version
 
 
 def is_mapping(output: Any) -> bool:
-    """Whether what a forward returned is a dictionary, and no output class, which has attributes too."""
+    """Return whether what a forward returned is a plain dictionary, and not an output class of transformers."""
     return isinstance(output, dict) and not hasattr(type(output), "to_tuple")
 
 
 def is_builtin(function: Any) -> bool:
-    """Whether a function is part of transformers, and what it decorates as well."""
+    """Return whether a function, and every function it wraps, is part of transformers."""
     packages = []
     while function is not None:
         # Not its __module__, which functools.wraps takes from what it decorates.
@@ -193,14 +195,14 @@ _OTHERS = sys.stdlib_module_names | {
 
 
 def is_of_users(thing: Any) -> bool:
-    """Whether a class or a function is part neither of Python nor of the libraries that a model trains with."""
+    """Return whether a class or a function is the user's: in neither Python nor the libraries that train a model."""
     is_class = isinstance(thing, type)
     name = thing.__module__ if is_class else thing.__globals__.get("__name__")
     return str(name).partition(".")[0] not in _OTHERS
 
 
 def withhold_labels(model: Any, given: dict[str, Any]) -> None:
-    """Take the labels from the arguments of a forward, but do what else it does because of them."""
+    """Take the labels from the arguments of a forward, and do what the forward would do with them before its loss."""
     labels = given.pop("labels", None)
     given.pop("shift_labels", None)
     inputs = (given.get("decoder_input_ids"), given.get("decoder_inputs_embeds"))
@@ -210,15 +212,14 @@ def withhold_labels(model: Any, given: dict[str, Any]) -> None:
 
 
 def plain(tensor: Any) -> Any:
-    """What a stub answered as an ordinary tensor."""
+    """Return what a stub answered as an ordinary tensor."""
     return tensor.as_subclass(Tensor) if isinstance(tensor, Tensor) else tensor
 
 
 class _Hidden(Tensor):
-    """Hidden states, and an answer to whatever else a model asks of what its modules return.
+    """Hidden states that also stand for the output of a backbone.
 
-    A backbone's output gives its hidden states by name and as item 0; all that is optional in it is
-    None. A part of the head gets the tensor itself.
+    Such an output gives its hidden states by name and as item 0; its optional fields are None.
     """
 
     @property
@@ -233,14 +234,14 @@ class _Hidden(Tensor):
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):  # copy and its like must not take None for a method
+        if name.startswith("__"):  # copy and the like must not take None for a method
             raise AttributeError(name)
 
 
 class _Stub:
-    """Answers a call with `answer`, as `found` notes, and all else like the module it stands for.
+    """Stand for a module: return `answer` when called, note the call in `found`, and pass on attributes.
 
-    What has no parameters and is called with logits is no part of a backbone: it runs.
+    A module without parameters that is called with logits is no part of a backbone: it runs.
     """
 
     def __init__(self, module: Any, answer: Tensor, found: HollowRun, path: str) -> None:
@@ -256,7 +257,7 @@ class _Stub:
         self._found.inputs.append((args, kwargs))
         batch, length, width = self._answer.shape
         out = getattr(self._module, "out_features", width)
-        if isinstance(out, int) and out != width:  # another head
+        if isinstance(out, int) and out != width:  # a second head
             return normal(batch, length, out, seed=9)
         given = kwargs.get("inputs_embeds", args[0] if args else None)
         if isinstance(given, Tensor) and given.dim() == 3:
@@ -285,7 +286,7 @@ class _Stub:
 
 
 class _Head(_Stub):
-    """The stub of a head, which must be given the hidden states of all tokens, in their places."""
+    """Stand for the head, which must be given the hidden states of all tokens, in their places."""
 
     def __call__(self, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
         given, whole = getattr(hidden, "shape", ()), self._answer.shape
@@ -298,11 +299,11 @@ class _Head(_Stub):
 
 
 def _hollow(module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, found: HollowRun) -> Any:
-    """`module` in training mode with stubs for all below it but those on the path to the head."""
+    """Copy `module`, in training mode, with stubs for its children except those on the path to the head."""
     children: dict[str, Any] = {}
     for name, child in module._modules.items():
         if name in ("loss_function", "_loss_function"):
-            continue  # set as one, though torch keeps it as a child
+            continue  # a loss function that is a module: torch keeps it as a child
         if child is None:
             children[name] = None
         elif name != path[0]:
@@ -313,12 +314,12 @@ def _hollow(module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, found
             children[name] = _hollow(child, path[1:], z, hidden, found)
     shell = object.__new__(original_class(module))
     state = {k: v for k, v in vars(module).items() if k not in _PARTS}
-    # What a forward counts or collects in the model must not count the probe.
+    # A copy: what a forward counts or collects in the model must not include the probe.
     vars(shell).update(_copied(state, {}, 5))
     vars(shell).update(
         _modules=children,
         _buffers={k: None if v is None else v.clone() for k, v in module._buffers.items()},
-        # One that is frozen now may be trained later: what depends on it shows.
+        # All with gradients: a parameter that is frozen now may be trained later.
         _parameters={
             k: None if p is None else p.detach().clone().requires_grad_(p.is_floating_point())
             for k, p in module._parameters.items()
@@ -326,7 +327,7 @@ def _hollow(module: nn.Module, path: list[str], z: Tensor, hidden: Tensor, found
         training=True,
     )
     vars(shell).update({name: {} for name in vars(module) if name.endswith("_hooks")})
-    vars(shell).pop("forward", None)  # Accelerate's, bound to the module itself
+    vars(shell).pop("forward", None)  # set by Accelerate, and bound to the module itself
     if "config" in vars(shell):
         vars(shell)["config"] = _without_router_losses(vars(shell)["config"])
     return shell
@@ -336,7 +337,7 @@ _PARTS = ("_modules", "_buffers", "_parameters", "_levelhead")
 
 
 def _copied(value: Any, memo: dict[int, Any], depth: int) -> Any:
-    """A copy of a container or an object of the user's, with those within it; tensors are cloned."""
+    """Copy a container or an object of the user's, `depth` levels deep; tensors are cloned."""
     if id(value) in memo or not depth:
         return memo.get(id(value), value)
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -347,7 +348,7 @@ def _copied(value: Any, memo: dict[int, Any], depth: int) -> Any:
         return value
     try:
         kept = memo[id(value)] = copy.copy(value)
-    except Exception:  # some cannot be: they may be changed
+    except Exception:  # it cannot be copied, and the probe may change it
         return value
     if isinstance(value, list):
         kept[:] = [_copied(part, memo, depth - 1) for part in value]
@@ -360,7 +361,7 @@ def _copied(value: Any, memo: dict[int, Any], depth: int) -> Any:
 
 
 def _without_router_losses(config: Any) -> Any:
-    """A copy of a config that asks for none: they need what only a real backbone gives, and no logits."""
+    """Copy a config and switch router losses off: they need a real backbone, and no logits."""
     config = copy.copy(config)
     for name, value in vars(config).items():
         if name == "output_router_logits":
@@ -371,6 +372,6 @@ def _without_router_losses(config: Any) -> Any:
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    """Numbers of a standard normal distribution, float64, the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)  # a refusal must not come and go
+    """Draw standard normal numbers, float64, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)  # or a refusal would come and go
     return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Labels outside the vocabulary are refused where they are in the labels, not in the shifted targets."""
+"""Refuse labels outside the vocabulary by their position in the labels, not in the shifted targets."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ def check_labels(
         target: (..., T), the label to predict at each position.
         vocabulary: how many entries it has.
         ignore_index: the label that stands for none.
-        name: of the argument that they were given as.
-        shifted: whether each stands one position to the left of its own.
+        name: the argument that they were given as.
+        shifted: whether `target` is the labels shifted by one position to the left.
 
     Raises:
-        IndexError: one is outside; it is named by its own position.
-        TypeError: they are no integers.
+        IndexError: a label is outside; the message has its position in the labels.
+        TypeError: the labels are no integers.
     """
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer ids, got {target.dtype}; use {name}.long()")
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
         return
-    target = target.long()  # beside a narrow dtype a number is wrapped around before it is compared
+    target = (
+        target.long()
+    )  # a comparison would convert -100 and the vocabulary size to a narrow dtype
     outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if outside.any():
         first = outside.nonzero()[0]

@@ -1,10 +1,9 @@
-"""The forward of a patched model under way: what its head must do, and what became of its loss.
+"""A forward of a patched model under way: what its head must compute, and checks that the loss is what was promised.
 
-The head computes the loss, the model's own forward carries on with it, and what the model does on the
-way can change from call to call: it may edit its labels, scale its logits by an argument, or hand
-its loss an option. Each of these would make the loss another one than was promised. So the call checks
-what arrives: where that takes no host synchronisation (eager on a CPU) a difference raises; elsewhere
-it makes the loss NaN.
+The head computes the loss, and the model's own forward goes on with it. What the model does on the way can change from
+call to call: it may edit its labels, scale its logits by an argument, or give its loss an option. Each would make the
+loss another one. So the call checks what arrives. Where looking takes no host synchronisation (eager on a CPU) a
+difference raises; elsewhere it makes the loss NaN.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from .hollow import version
 from .probe import HeadTransform
 from .stand_in import ChangedError, StandIn, is_compiled, mark, no_logits
 
-# How far the logits may be from what the probe has found, as a share: room for float32 in another order.
+# How far the logits may be from what the probe found, relative: float32 operations may be done in another order.
 _LOGITS_TOLERANCE = 1e-3
 
 # What every loss function of transformers takes, and the patch does as well.
 LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
-# What a forward hands on to its loss function although it only says what to return. A mask or the bounds of packed
-# sequences are not among them: a loss may count by these.
+# Arguments that only say what a forward returns, and that some forwards pass on to their loss function. The mask and
+# the bounds of packed sequences are not among them: a loss may depend on those.
 _OUTPUT_OPTIONS = frozenset(
     {
         "output_attentions",
@@ -44,21 +43,21 @@ _OUTPUT_OPTIONS = frozenset(
 
 
 class Objective(Protocol):
-    """A loss of tokens other than the smoothed cross-entropy; see `set_objective`."""
+    """A loss per token other than the smoothed cross-entropy; see `set_objective`."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it needs of a batch: names of tensors (B, ...) that the model's forward is given."""
+        """Return the names of the tensors (B, ...) that it needs from a batch."""
         ...
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """The loss of each token, (..., T), 0 where there is none; called as set_objective says."""
+        """Return the loss of each token, (..., T), 0 where it is ignored; `set_objective` says how it is called."""
         ...
 
 
 @dataclass
 class LossCall:
-    """A forward with labels under way: what its head needs, and the loss the head leaves here."""
+    """A forward with labels under way: what its head needs, and the loss that the head computed."""
 
     transform: HeadTransform  # of the loss
     own: HeadTransform  # what the model itself does with the output of its head
@@ -66,31 +65,33 @@ class LossCall:
     factor: float | Tensor  # on the loss
     target: Tensor  # (..., T) int64, the token to predict at each position, -100 for none
     num_items: int | Tensor | None
-    labels: Tensor  # as the model's own forward is given them, like the next two
+    labels: Tensor  # what the model's own forward is given, like the next two
     shift_labels: Tensor | None
     ignore_index: int
-    honoured: frozenset[str] | None  # options of the model's loss that the patch ignores; None: any
-    kept: bool  # whether the model returns the loss that it is handed, as it is
+    honoured: (
+        frozenset[str] | None
+    )  # options of the model's loss that the patch does not know; None: any
+    kept: bool  # whether the model returns the loss of its loss function unchanged
     keep_logits: bool
     objective: Objective | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    # Of the head: the tensor, its version, and its numbers for some tokens, (N, V).
+    # What the head returned: the tensor, its version, and its numbers for some tokens, (N, V).
     answer: Any = None
-    logits: Any = None  # what the model made of it
-    returned: Tensor | None = None  # the loss, as the model was handed it
-    handed_version: int | None = None  # how often that had been changed in place
+    logits: Any = None  # what the model made of `answer`
+    returned: Tensor | None = None  # the loss that the model's loss function returned
+    handed_version: int | None = None  # the version of `returned` at that time
 
     def __post_init__(self) -> None:
         self._labels = _Given(self.labels)
-        # Without shift_labels the model may make them, and they must be the targets, which nobody else holds.
+        # Without shift_labels the model may make them itself. They must equal `target`, which no one else can change.
         self._shift_labels = None if self.shift_labels is None else _Given(self.shift_labels)
         self._mode = _mode()
 
     def loss_function(
         self, logits: Tensor, labels: Any, vocab_size: Any = None, *args: Any, **options: Any
     ) -> Tensor:
-        """The loss the head left here, in place of one computed from `logits`."""
+        """Return the loss that the head computed, in place of one computed from `logits`."""
         if self.returned is not None:
             raise ChangedError(
                 "the model asked for its loss twice in one training forward, but patch_model knows "
@@ -107,7 +108,7 @@ class LossCall:
         return self.hand_back(logits, *same, vocab_size=vocab_size)
 
     def _check_options(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Refuse what the model's own loss would honour, and this one does not."""
+        """Refuse options that change the model's own loss in a way the patch does not know."""
         if options.get("ignore_index", IGNORE_INDEX) != self.ignore_index:
             raise ChangedError(
                 f"the model gives its loss ignore_index={options.get('ignore_index', IGNORE_INDEX)} "
@@ -130,7 +131,7 @@ class LossCall:
             )
 
     def _same_items(self, options: dict[str, Any]) -> bool | Tensor:
-        """Whether the loss is given the `num_items_in_batch` that the forward was given."""
+        """Return whether the loss function got the `num_items_in_batch` that the forward got."""
         given, arrived = self.num_items, options.get("num_items_in_batch")
         if arrived is given:
             return True
@@ -145,7 +146,7 @@ class LossCall:
         return True
 
     def check_mode(self) -> None:
-        """Refuse a head that runs in torch.utils.checkpoint, which would run it again past its call."""
+        """Refuse a head inside torch.utils.checkpoint, which would run it again when its call is over."""
         if torch.compiler.is_compiling():
             return
         (had_gradients, outer), (has_gradients, checkpoint) = self._mode, _mode()
@@ -159,7 +160,7 @@ class LossCall:
     def compute(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     ) -> Tensor:
-        """The loss, (), of the logits of `hidden` (..., T, D)."""
+        """Return the loss, (), for `hidden` (..., T, D)."""
         if self.objective is not None:
             losses = self.objective(
                 hidden,
@@ -187,7 +188,7 @@ class LossCall:
         )
 
     def _token_weight(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """`factor / num_items` in the shape of `target`; None stands for the valid tokens."""
+        """Return `factor / num_items` in the shape of `target`; without num_items, the number of valid tokens."""
         count = (target != IGNORE_INDEX).sum() if self.num_items is None else self.num_items
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         if isinstance(count, Tensor):
@@ -201,12 +202,12 @@ class LossCall:
     def hand_back(
         self, logits: Tensor, *same: bool | Tensor, vocab_size: int | None = None
     ) -> Tensor:
-        """The loss, for `logits` that are what the model made of the head's output.
+        """Return the loss, after checking `logits`, which the model made of the head's output.
 
         Args:
             logits: the head's answer, after the model's own scale, cap and cut.
-            same: whether other things are as expected; where a tensor () says no, the loss is NaN.
-            vocab_size: of the logits, as the model has it; None: it does not say.
+            same: whether other things are as expected; a tensor () that is False makes the loss NaN.
+            vocab_size: the vocabulary size that the loss function was given; None: none.
         """
         if self.loss is None:
             raise ChangedError(
@@ -222,8 +223,8 @@ class LossCall:
     def _hand_back(
         self, logits: Tensor, same: tuple[bool | Tensor, ...], vocab_size: int | None
     ) -> Tensor:
-        # The stand-in is (1, 1, V). Logits that are kept are not asked for how many tokens they are of, which
-        # torch.export would take for a constant.
+        # The stand-in is (1, 1, V). The size of logits that are kept is not compared: torch.export would take the
+        # number of tokens for a constant.
         if not self.keep_logits and logits.shape[:-1].numel() != 1:
             raise ChangedError(
                 f"the head answered for one token, and logits of shape {tuple(logits.shape)} reach the "
@@ -234,16 +235,15 @@ class LossCall:
                 "the logits that reach the loss have no gradient, and those that the head gives have: something "
                 f"detaches them. {_CURE}"
             )
-        # A tensor-parallel head answers with one number: its logits lie on several ranks.
+        # A tensor-parallel head returns one number, since its logits lie on several ranks.
         whole = self.answer[2] is not None
         if whole and isinstance(vocab_size, int) and vocab_size != logits.shape[-1]:
             raise ChangedError(
                 f"the loss is over {vocab_size} vocabulary entries, and {logits.shape[-1]} reach it. Make "
                 "the vocabulary sizes of the model's config and its head agree"
             )
-        # Adds nothing, but leads the backward pass through whatever became of the head's output:
-        # FSDP and ZeRO gather the head's weight in hooks on that tensor.
-        # Of its one entry most ranks have none if a tensor-parallel head left its output in parts.
+        # Adding 0 times the logits leads the backward pass through the head's output: FSDP and ZeRO gather the head's
+        # weight in hooks on that tensor. If a tensor-parallel head left its output in parts, most ranks hold no entry.
         part: Tensor = logits.to_local() if is_dtensor(logits) else logits  # type: ignore[attr-defined]
         anchor = 0.0 * part.reshape(-1)[:1].sum()
         for expected in (self._as_probed(logits, part), *same):
@@ -256,9 +256,9 @@ class LossCall:
         if self.keep_logits:
             return self.returned
         mark(logits)
-        # What the model makes of its logits from here on is NaN, too, for what does not follow stand-ins: compiled
-        # code, torch.jit.script. No gradient comes to the head from here, so none is NaN; but anomaly
-        # detection looks further, and torch.vmap has no such access.
+        # Compiled code and torch.jit.script do not follow stand-ins. So the logits become NaN, and with them all that
+        # the model makes of them from here on. No gradient flows from here to the head, so none becomes NaN. Anomaly
+        # detection would still complain, and torch.vmap does not allow it.
         answer, compiling = self.answer[0], torch.compiler.is_compiling()
         if not compiling and (torch.is_anomaly_enabled() or _is_batched(part)):
             return self.returned
@@ -272,15 +272,15 @@ class LossCall:
         return self.returned
 
     def _is_plain(self) -> bool:
-        """Whether the model's logits are what its head gives."""
+        """Return whether the model's logits are the output of its head, unchanged."""
         own = self.own
         return own.logit_scale == 1 and own.softcap is None and own.vocab_size is None
 
     def lead_through(self, anchor: Tensor) -> None:
-        """Take up an anchor (), for other results than the loss: 0, but NaN where the loss is."""
+        """Add `anchor`, (), to results other than the loss; it is 0, or NaN if the loss is."""
 
     def _as_probed(self, logits: Tensor, part: Tensor) -> bool | Tensor:
-        """Whether the model did with the head's output what the probe has found: one token tells."""
+        """Return whether the model did with the head's output what the probe found; one token shows it."""
         answer, before, sent = self.answer
         own = self.own
         untouched = logits is answer and version(logits) == before
@@ -299,8 +299,8 @@ class LossCall:
         tolerance = max(_LOGITS_TOLERANCE, 8 * torch.finfo(sent.dtype).eps)
         finite = want.isfinite()
         near = ((got - want).abs() <= tolerance * want.abs().clamp(min=tolerance)) | ~finite
-        # Rounding goes up as often as down, over a whole vocabulary. So a factor on all of it shows where it is smaller
-        # than what rounding may do to one.
+        # Over a whole vocabulary rounding goes up as often as down. So a factor on all entries shows even where it is
+        # smaller than the rounding of one.
         want = want.where(finite, 0)
         square = want.square().sum()
         factor = (want * got.where(finite, 0)).sum() / square
@@ -324,7 +324,7 @@ class LossCall:
         return True
 
     def check_returned(self, loss: Any) -> None:
-        """Refuse a loss to which the model has added a term made of its logits."""
+        """Refuse a loss to which the model has added a term that depends on its logits."""
         if isinstance(loss, StandIn):
             raise no_logits("its loss depends on them")
         untouched = loss is self.returned and version(loss) == self.handed_version
@@ -349,13 +349,13 @@ _CURE = (
 
 
 def some_tokens(logits: Tensor) -> Tensor:
-    """A copy of the logits of the first and of the last token, (2, V)."""
+    """Copy the logits of the first and of the last token, (2, V)."""
     logits = logits.detach().reshape(-1, logits.shape[-1])
     return torch.cat([logits[:1], logits[-1:]])
 
 
 def _mode() -> tuple[bool, Any]:
-    """Whether there are gradients, and the innermost checkpoint under way, of which compiled code has none."""
+    """Return whether gradients are enabled, and the innermost checkpoint under way; None in compiled code."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled(), None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -364,7 +364,7 @@ def _mode() -> tuple[bool, Any]:
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether torch.vmap has made a tensor of one for each sample."""
+    """Return whether torch.vmap has made `tensor` a batch, one for each sample."""
     if torch.compiler.is_compiling():
         return False
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -375,23 +375,23 @@ def _is_batched(tensor: Tensor) -> bool:
 
 
 class _Given:
-    """Labels as a forward is given them, and whether they reach the loss like that."""
+    """Labels that a forward was given, to check that they reach the loss unchanged."""
 
     def __init__(self, labels: Tensor) -> None:
         self._labels = labels
         self._before = version(labels)
-        # A change through .data or NumPy is not counted as one.
+        # A copy, because a change through .data or NumPy does not raise the version.
         self._copy = labels.clone() if can_look(labels) else labels
 
     def reaches(self, name: str, arrived: Any) -> bool | Tensor:
-        """Whether what arrived are the same labels; where looking would take a synchronisation, a Tensor ()."""
+        """Return whether the same labels arrived; a Tensor () where looking would take a synchronisation."""
         given = self._labels
         if not isinstance(arrived, Tensor):
             raise ChangedError(_edited(name, f"from {_kind(given)} to {_kind(arrived)}"))
         if arrived.shape != given.shape:
             change = f"from shape {tuple(given.shape)} to {tuple(arrived.shape)}"
             raise ChangedError(_edited(name, change))
-        if _is_batched(arrived):  # by torch.vmap, under which nobody looks
+        if _is_batched(arrived):  # values cannot be read under torch.vmap
             return (arrived == self._copy).all()
         if can_look(arrived) and self._copy.device == arrived.device:
             if not torch.equal(arrived, self._copy):
@@ -421,13 +421,13 @@ def _edited(name: str, change: str) -> str:
 class NoLoss(enum.Enum):
     """A forward under way that computes no loss of ours."""
 
-    LEFT_ALONE = enum.auto()  # it is for the model to compute
-    WITHOUT_LABELS = enum.auto()  # the model must not ask for one: the patch saw no labels
+    LEFT_ALONE = enum.auto()  # the model computes it as without the patch
+    WITHOUT_LABELS = enum.auto()  # the model must not ask for a loss: the patch saw no labels
 
 
 @dataclass(frozen=True)
 class Shown:
-    """No forward: the model is being printed, with these options at its head."""
+    """No forward is under way: the model is being printed, with these options at its head."""
 
     options: str
 
@@ -443,7 +443,7 @@ class _Thread(threading.local):
     """
 
     def __init__(self) -> None:
-        # In a list: where its graph breaks the compiler loses a change of the attribute itself.
+        # In a list: at a graph break the compiler would lose a change of the attribute itself.
         self.call: list[UnderWay] = [None]
 
 
@@ -451,12 +451,12 @@ _thread = _Thread()
 
 
 def under_way() -> UnderWay:
-    """What the patched model at work in this thread is called for; None: none is."""
+    """Return what the patched model that runs in this thread was called for; None: no one runs."""
     return _thread.call[0]
 
 
 def run(call: UnderWay, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `forward` as `call`, and afterwards go on with the outer one, if it is nested."""
+    """Run `forward` as `call`; calls may be nested."""
     outer = _exchange(call)
     try:
         return forward(*args, **kwargs)
@@ -465,11 +465,11 @@ def run(call: UnderWay, forward: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def _exchange(call: UnderWay) -> UnderWay:
-    """Make `call` what is under way; return what was."""
+    """Set what is under way; return what was."""
     if not torch.compiler.is_compiling():
         return _set(call)
-    # In torch.utils.checkpoint around the model the compiler refuses to trace a change of what is outside, because it
-    # would not repeat it with the recomputed forward. There is nothing to repeat: `run` changes it back.
+    # In torch.utils.checkpoint around the model the compiler refuses to trace a side effect, because it would not
+    # repeat it when it recomputes the forward. There is nothing to repeat: `run` undoes it.
     from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer
 
     outer: UnderWay = _disable_side_effect_safety_checks_for_current_subtracer(_set, call)

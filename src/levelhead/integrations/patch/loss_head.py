@@ -1,10 +1,9 @@
 """The head of a patched model, which computes the loss in a training call.
 
-Why the head computes the loss. Inside the call of the head, and only there, FSDP and ZeRO have
-gathered its weight. So the model's forward stashes the labels, the head leaves the loss and answers
-with a stand-in for the logits, (1, 1, V), and `loss_function`, which the model's own forward calls
-next, hands that loss back. Whatever else the forward does (a router loss, say) stays its own. A model that computes its
-loss by itself (BART, T5) is run without labels, and the loss set in its output.
+Why the head: FSDP and ZeRO gather its weight for its call, and only for that. So the model's forward keeps the labels,
+the head computes the loss and returns a stand-in for the logits, (1, 1, V), and `loss_function`, which the model's own
+forward calls next, returns that loss. Everything else in the forward (a router loss, say) stays the model's own. A
+model that computes its loss itself (BART, T5) runs without labels, and the loss is set in its output.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class LossHead(nn.Linear):
-    """The head of a patched model: in a training call it leaves the loss, and answers for one token."""
+    """The head of a patched model: in a training call it computes the loss and returns the logits of one token."""
 
     _levelhead_original: type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's argument name)
-        """Logits (..., V) for hidden states (..., D) outside a training call, its loss within."""
+        """Return logits (..., V) for hidden states (..., D); in a training call a stand-in, and compute the loss."""
         call = under_way()
         if not isinstance(call, LossCall):
             if call is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -48,7 +47,9 @@ class LossHead(nn.Linear):
                 "labels of one call only. Use unpatch_model to train this model"
             )
         call.check_mode()
-        weight = self.weight  # read once, as by the layer itself: each reading may compute it anew
+        weight = (
+            self.weight
+        )  # read once, like nn.Linear: a parametrised weight is computed at each read
         call.loss = _head_loss(input, weight, self.bias, call)
         if call.keep_logits:
             logits = self._logits(input, weight)
@@ -56,25 +57,26 @@ class LossHead(nn.Linear):
             sent = None if is_dtensor(logits) else some_tokens(logits)
             call.answer = logits, version(logits), sent
             return logits
-        if is_dtensor(input):  # torch's tensor parallelism: its hooks want in return what they gave
+        if is_dtensor(input):  # the hooks of torch's tensor parallelism expect a DTensor back
             whole: Any = input
             loss: Tensor = call.loss.reshape(1, 1, 1).clone()
             loss = whole.from_local(loss, whole.device_mesh, whole.placements)
             call.answer = loss, version(loss), None
             return loss
         sent, never = _numbers(len(weight), call.loss.device, self._dtype_of(input))
-        # As many dimensions as logits have. Nothing of the loss but its place in the graph, of which no gradient comes.
+        # As many dimensions as logits have. `where` with False everywhere puts it behind the loss in the graph, so that
+        # hooks run, and passes no gradient on.
         stand_in = torch.where(never, call.loss.to(sent.dtype), sent)
         call.answer = stand_in, version(stand_in), sent[0]
         return mark(stand_in)
 
     def _dtype_of(self, input: Tensor) -> torch.dtype:  # noqa: A002
-        """That of the logits of `input`."""
+        """Return the dtype of the logits of `input`."""
         device = input.device.type
         return torch.get_autocast_dtype(device) if autocast_is_on(device) else input.dtype
 
     def extra_repr(self) -> str:
-        """The sizes of the layer and, printed with its model, the options of the patch."""
+        """Return the sizes of the layer and, if its model is being printed, the options of the patch."""
         shown = under_way()
         return super().extra_repr() + (f", {shown.options}" if isinstance(shown, Shown) else "")
 
@@ -85,9 +87,9 @@ class LossHead(nn.Linear):
 
 
 def _numbers(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numbers of both signs and of magnitudes 0.01 to 3000, (1, 1, size), and False, ().
+    """Return numbers of both signs and of magnitudes 0.01 to 3000, (1, 1, size), and False, ().
 
-    No scale, cap, mask or cut of them goes unseen.
+    A scale, cap, mask or cut of the logits changes some of them, and so shows.
     """
     if torch.compiler.is_compiling():
         return _new_numbers(size, device, dtype)
@@ -120,7 +122,7 @@ def _warn_of_logits(head: nn.Module) -> None:
 
 @functools.cache
 def loss_head(original: Any) -> Any:
-    """`LossHead` for a head of class `original`, `torch.nn.Linear` or what FSDP2 made of it."""
+    """Return `LossHead` for a head of class `original`: `torch.nn.Linear`, or the subclass that FSDP2 makes of it."""
     if issubclass(LossHead, original):
         return LossHead
     namespace = {"_levelhead_original": original}
@@ -128,7 +130,7 @@ def loss_head(original: Any) -> Any:
 
 
 def _head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall) -> Tensor:
-    """The smoothed cross-entropy of the logits that the head would give for `hidden` (..., T, D)."""
+    """Return the smoothed cross-entropy of the logits that the head would give for `hidden` (..., T, D)."""
     target = call.target.to(hidden.device)
     if hidden.shape[:-1] != target.shape:
         raise ValueError(

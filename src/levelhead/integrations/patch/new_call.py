@@ -24,7 +24,7 @@ from .state import PatchState, patch_state, set_patch_state
 
 
 def trains(model: nn.Module) -> bool:
-    """Whether the loss of a call of `model` is one to train on: it can be differentiated, or the mode is training."""
+    """Return whether a call of `model` is one to train on: gradients are enabled, or the mode is training."""
     return model.training or torch.is_grad_enabled()
 
 
@@ -36,7 +36,7 @@ def new_call(
     columns: Mapping[str, Tensor] | None = None,
     kind: type[LossCall] = LossCall,
 ) -> LossCall | NoLoss:
-    """What a forward with these arguments must do about its loss."""
+    """Return what a forward with these arguments must do about its loss, and refuse calls that cannot be served."""
     state = patch_state(model)
     if state is None:
         return NoLoss.LEFT_ALONE
@@ -74,7 +74,7 @@ def new_call(
         )
     target = _target(labels, shift_labels, state.transform.shift, ignore_index)
     if labels is None:
-        labels = target  # without labels no model asks for its loss
+        labels = target  # without labels a model does not ask for its loss
     return kind(
         transform=state.training_transform() if training else state.transform,
         own=state.transform,
@@ -94,7 +94,7 @@ def new_call(
 
 
 def _check_types(**labels: Any) -> None:
-    """Refuse labels that are no tensors."""
+    """Refuse labels that are not tensors."""
     for name, value in labels.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
@@ -103,7 +103,7 @@ def _check_types(**labels: Any) -> None:
 
 
 def _target(labels: Any, shift_labels: Any, shift: bool, ignore_index: int) -> Tensor:
-    """The token to predict at each position, -100 for none."""
+    """Return the token to predict at each position, -100 for none."""
     target: Tensor = labels if shift_labels is None else shift_labels
     if shift and shift_labels is None:
         target = F.pad(target, (0, 1), value=IGNORE_INDEX)[..., 1:]
@@ -113,7 +113,7 @@ def _target(labels: Any, shift_labels: Any, shift: bool, ignore_index: int) -> T
 
 
 def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchState:
-    """The patch of a model, looked at anew if its config has changed; refuses what it cannot serve."""
+    """Return the patch of a model, probed again if something it depends on has changed; refuse what it cannot serve."""
     name = type(model).__name__
     if "_is_replica" in vars(model):
         raise RuntimeError(
@@ -137,7 +137,7 @@ def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchSta
             "another one. Call patch_model again to have it looked at, or use unpatch_model to train "
             "with it"
         )
-    # The compiler could not trace a probe; it guards on what the model's own forward reads.
+    # A compiler cannot trace the probe; it guards on what the model's own forward reads.
     if torch.compiler.is_compiling():
         _check_compiled(model, state)
     else:
@@ -165,7 +165,7 @@ def check_call(model: Any, state: PatchState, given: dict[str, Any]) -> PatchSta
 
 
 def _check_compiled(model: Any, state: PatchState) -> None:
-    """Refuse a loss of the user's own whose code reads what has changed, or what no compiler could watch."""
+    """Refuse a loss of the user's whose code reads a value that has changed, or one that no compiler can watch."""
     plain, other = state.probed.compiled_reads
     for in_config, name, value in plain:
         if getattr(model.config if in_config else model, name, None) != value:
@@ -179,7 +179,7 @@ def _check_compiled(model: Any, state: PatchState) -> None:
 
 
 def _looked_at_again(model: Any, state: PatchState) -> PatchState:
-    """The patch of a model, after another look at it if something has changed that its loss may depend on."""
+    """Return the patch of a model, probed again if something that its loss may depend on has changed."""
     before = state.probed
     if (
         (state.seen.is_same(model) or _is_as_probed(model, state))
@@ -188,8 +188,8 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
     ):
         return state
     probed = probe(model)
-    # What changes from step to step without effect, such as a count of steps, is no reason to look again. What
-    # the code of a loss reads may have an effect later.
+    # A value that changes without effect, such as a count of steps, is no reason to probe again. A value that the code
+    # of a loss reads stays one: it may have an effect later.
     no_matter = state.no_matter
     if replace(probed, watched={}) == replace(before, watched={}):
         old, new = _flat(before.watched, state), _flat(probed.watched, state)
@@ -208,7 +208,7 @@ def _looked_at_again(model: Any, state: PatchState) -> PatchState:
 
 
 def _is_as_probed(model: Any, state: PatchState) -> bool:
-    """Whether no number that matters has changed since the model was looked at."""
+    """Return whether no number that matters has changed since the model was probed."""
     found, before = watched(model), state.probed.watched
     same = found == before or _flat(found, state) == _flat(before, state)
     if same:
@@ -217,12 +217,12 @@ def _is_as_probed(model: Any, state: PatchState) -> bool:
 
 
 def _flat(found: dict[str, dict[str, Any]], state: PatchState) -> dict[tuple[str, str], Any]:
-    """What was watched, by place and name, but what does not matter."""
+    """Return what was watched, by place and name, without what does not matter."""
     flat = {(place, name): v for place, kept in found.items() for name, v in kept.items()}
     return {name: v for name, v in flat.items() if name not in state.no_matter}
 
 
-# Looks at a model whose loss reads what changes, after which a warning says so.
+# A model whose loss reads a value that changes is probed again; after so many times a warning says so.
 _MANY_LOOKS = 5
 
 # Patched models that have warned of a training call without labels, and of one in eval mode.
@@ -249,11 +249,11 @@ def _warn_of_eval_mode(model: nn.Module) -> None:
 
 
 def _warn_of_compiled_eval_mode(name: str) -> None:
-    """Warn while a call is compiled, which calls this then, and not later."""
+    """Warn while a call is being compiled: the compiler runs this then, and not in later calls."""
     warnings.warn(_eval_mode(name), stacklevel=2)
 
 
-# What torch.compiler.assume_constant_result does, which loads the whole compiler.
+# What torch.compiler.assume_constant_result does, without loading the compiler.
 _warn_of_compiled_eval_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""What the options of `patch_model` may be."""
+"""Check the options of `patch_model`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def check_options(
     smoothing: Any, temperature: Any, softcap: Any, eval_smoothing: Any, eval_logits: Any
 ) -> None:
-    """Refuse options of `patch_model` that it could not use as they are.
+    """Refuse options of `patch_model` that are of a wrong type or out of range.
 
     Raises:
         TypeError: one is neither a number nor a 0-dim floating-point tensor; `eval_smoothing` is no
@@ -31,21 +31,21 @@ def check_options(
 
 
 def check_smoothing(name: str, smoothing: Any) -> None:
-    """Refuse what is no share of probability; `name` is that of the argument."""
+    """Refuse an argument called `name` that is no share of probability."""
     value = _value(name, smoothing, "in [0, 1]")
     if value is not None and not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value:g}; a common choice is 0.1")
 
 
 def check_positive(name: str, option: Any) -> None:
-    """Refuse what is no positive number; `name` is that of the argument."""
+    """Refuse an argument called `name` that is no positive number."""
     value = _value(name, option, "above 0")
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value:g}")
 
 
 def _value(name: str, option: Any, bounds: str) -> float | None:
-    """The number that an option stands for; None for a tensor on the meta device, which has none."""
+    """Return the number that an option stands for; None for a tensor on the meta device, which has no value."""
     if _is_number(option):
         return float(option)
     if not isinstance(option, Tensor) or option.dim() or not option.is_floating_point():
@@ -62,7 +62,7 @@ def _value(name: str, option: Any, bounds: str) -> float | None:
 
 
 def _is_number(option: Any) -> bool:
-    # Real numbers include those of numpy; but True is a mistake, and torch takes no fractions.
+    # Numbers of numpy are fine. True is a mistake, and torch does not take fractions.
     return type(option) is int or (isinstance(option, Real) and not isinstance(option, Rational))
 
 

@@ -27,7 +27,7 @@ from .trl_forward import adapt
 
 @functools.cache
 def patched_class(original: Any) -> Any:
-    """The subclass of `original` whose instances are patched; it goes by the name of `original`."""
+    """Return the subclass of `original` whose instances are patched; it has the name of `original`."""
     signature = inspect.signature(original.forward)
     names = _positional_names(original)
     unpatched_loss_function = original.loss_function.fget
@@ -36,7 +36,7 @@ def patched_class(original: Any) -> Any:
         skip_logits = kwargs.pop("skip_logits", None)
         columns = _take_columns(self, kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        # Too many arguments, or one given twice: Python's own TypeError, or *args that nobody can name.
+        # Too many arguments, or one given twice: the original raises Python's own TypeError.
         misused = len(given) < len(args) + len(kwargs)
         call: LossCall | NoLoss = NoLoss.WITHOUT_LABELS
         if not misused:
@@ -86,14 +86,14 @@ def patched_class(original: Any) -> Any:
 
 
 def _rebuild(original: Any) -> nn.Module:
-    """An empty patched instance, for pickle and copy to fill with the state of the old one."""
+    """Make an empty patched instance, which pickle and copy fill with the state of the old one."""
     subclass = patched_class(original)
     instance: nn.Module = subclass.__new__(subclass)
     return instance
 
 
 def shown_options(state: PatchState) -> str:
-    """The options of a patch, as `print(model)` shows them at its head."""
+    """Return the options of a patch as `print(model)` shows them at its head."""
     options: dict[str, Any] = {"smoothing": state.smoothing}
     if isinstance(state.temperature, Tensor) or state.temperature != 1:
         options["temperature"] = state.temperature
@@ -105,7 +105,7 @@ def shown_options(state: PatchState) -> str:
 
 
 def _positional_names(cls: Any) -> list[str]:
-    """What the positional arguments of a forward are called; if it is `(*args, **kwargs)`, of the one it inherits."""
+    """Return the names of the positional arguments of a forward; of the inherited one if it is `(*args, **kwargs)`."""
     for base in cls.__mro__:
         if "forward" in vars(base):
             parameters = list(inspect.signature(base.forward).parameters.values())[1:]
@@ -115,7 +115,7 @@ def _positional_names(cls: Any) -> list[str]:
 
 
 def _refuse_loss(name: str, call: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """What a patched model gets for its loss function in a call that would train without smoothing."""
+    """Stand for the loss function in a call that would train without smoothing, and refuse it."""
     if call is NoLoss.WITHOUT_LABELS:
         raise RuntimeError(
             f"the patched {name} computes a loss in a call that was given no labels by that name, so "
@@ -129,9 +129,13 @@ def _refuse_loss(name: str, call: Any, *_args: Any, **_kwargs: Any) -> Any:
 
 
 def _replacement(model: nn.Module, forward: Any) -> Any:
-    """What a patched model takes where a forward that would train past the patch is set on it."""
+    """Return the forward that a patched model takes when `forward` is set on it; refuse one that bypasses the patch.
+
+    Liger and TRL set a forward on the instance and tell the model nothing, so the module of the function is all there
+    is to know them by.
+    """
     function = getattr(forward, "__func__", forward)
-    # A decorated function goes by the module of what it wraps: TRL's, around ours, by this one.
+    # functools.wraps copies __module__ from what is wrapped, so TRL's function around ours is known by its globals.
     modules = (
         getattr(function, "__module__", ""),
         getattr(function, "__globals__", {}).get("__name__"),
@@ -149,7 +153,7 @@ def _replacement(model: nn.Module, forward: Any) -> Any:
 
 
 def _take_columns(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Take what the objective needs out of the arguments of a forward, which the model does not know."""
+    """Take the columns that the objective needs from the arguments; the model does not know them."""
     state = patch_state(model)
     names = () if state is None or state.objective is None else state.objective.columns
     return {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -2,11 +2,11 @@
 
 Language models scale (Cohere, Granite), cap (Gemma) or cut (padded vocabularies) the output of
 their head before the loss, each under config fields of its own; some shift the labels, some do not,
-and some compute their loss by themselves. A table of all that is wrong the day a model is added,
-and wrong in silence. So the model's own forward runs with every module replaced by a stub, except
-those that hold the head: the backbone answers zeros, the head answers known numbers, and what
-arrives at the loss tells the rest. No weight is touched (a model on the meta device will do), and
-whatever is not a scale, a cap and a cut is refused. What the loss makes of it: see probe_loss.py.
+and some compute their loss by themselves. A table of these would be wrong, without a word, on the day a
+model is added. So the model's own forward runs with every module replaced by a stub, except those
+that hold the head: the head returns known numbers, and what arrives at the loss tells what was done
+to them. No weight is touched (a model on the meta device will do). What is not a scale, a cap and a
+cut is refused. probe_loss.py looks at the loss itself.
 """
 
 from __future__ import annotations
@@ -59,28 +59,29 @@ class HeadTransform:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def at_temperature(self, temperature: Any) -> HeadTransform:
-        """The transform to the same logits divided by `temperature`, a number or a tensor (), after the cap."""
+        """Return the transform to these logits, cap included, divided by `temperature`, a number or a tensor ()."""
         softcap = None if self.softcap is None else self.softcap / temperature
         return replace(self, logit_scale=self.logit_scale / temperature, softcap=softcap)
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What a model makes of its logits and labels, as far as it has been looked at.
+    """What the probe has found out about a model.
 
     Attributes:
         transform: what it does with the output of its head.
         head_path: where its head is.
-        watched: what that may depend on and may be changed, as of `watched`.
-        code: the forward and the loss function themselves.
-        reads: what a loss that is the user's own may read, as of `reads`; None: it is transformers' own.
-        compiled_reads: what of that a compiler can watch, and where something is that it cannot.
+        watched: values that the findings may depend on and that may change later; see `watched`.
+        code: its forward and its loss function.
+        reads: values that a loss of the user's may read; see `reads`. None: the loss is transformers' own.
+        compiled_reads: the reads that a compiler can watch, and the place of one that it cannot.
         loss_source: where its loss function comes from, as of `loss_source`.
-        loss_options: arguments by which that changes the loss that the patch does not know; None: any.
-        takes_shift_labels: whether its loss counts `shift_labels`, where it is given them.
-        returns_loss: whether its forward always returns what the loss function gives, as it is.
-        forward_arguments: of a model that computes its loss itself, those that do not change it;
-            None: none does.
+        loss_options: arguments of the loss function that change the loss in a way the patch does not know; None:
+            any may.
+        takes_shift_labels: whether its loss function uses `shift_labels` if it is given them.
+        returns_loss: whether its forward always returns what the loss function gave, unchanged.
+        forward_arguments: for a model that computes its loss itself, the arguments that do not change it;
+            None: no argument does.
     """
 
     transform: HeadTransform
@@ -102,7 +103,8 @@ def probe(model: Any) -> Probed:
     Raises:
         ValueError: the patch could not reproduce it.
     """
-    # Code around this may be compiled, and a compiler knows nothing of stubs. To ask for it takes a second, at first.
+    # Code around this may be compiled, and a compiler cannot trace stubs. `torch.compiler.disable` imports Dynamo,
+    # which takes a second, so it is used only if Dynamo is loaded.
     compiled = "torch._dynamo" in sys.modules
     run: Any = torch.compiler.disable(_probe) if compiled else _probe  # type: ignore[no-untyped-call]
     return cast(Probed, run(model))
@@ -136,12 +138,12 @@ def _probe(model: Any) -> Probed:
 
 
 def read_by(model: Any, transform: HeadTransform, code: tuple[Any, Any]) -> dict[str, Any]:
-    """What a loss that is the user's own may read, as of `reads`: the forward, or the loss function."""
+    """Return what the code of the loss, the forward or the loss function, may read; see `reads`."""
     return reads(model, code[not transform.own_loss])
 
 
 def code_of(model: Any) -> tuple[Any, Any]:
-    """The forward of the class of a model, and its loss function: someone may replace them there, too."""
+    """Return the forward of the class of a model, and its loss function: both can be replaced there."""
     return original_class(model).forward, loss_function(model)
 
 
@@ -179,18 +181,18 @@ def probe_head(model: nn.Module) -> HeadTransform:
 
 
 def _head_outputs(*shape: int) -> Tensor:
-    """What the stub head answers: float64 of both signs and of magnitudes 1e-12 to 1e9.
+    """Return what the stub of the head returns: float64 of both signs and of magnitudes 1e-12 to 1e9.
 
-    The small ones show the scale, the large ones the cap; no two are alike, so no token and no
-    vocabulary entry can be moved or treated apart unseen.
+    The small ones show the scale, the large ones the cap. No two are alike, so a token or a vocabulary
+    entry that is moved, or treated apart, shows.
     """
-    generator = torch.Generator().manual_seed(0)  # a refusal must not come and go with the seed
+    generator = torch.Generator().manual_seed(0)  # or a refusal would come and go
     u = torch.rand(2, *shape, dtype=torch.float64, generator=generator)
     return torch.where(u[0] < 0.5, -1.0, 1.0) * 10 ** (21 * u[1] - 12)
 
 
 def _check_hidden(model: nn.Module, transform: HeadTransform, run: HollowRun, z: Tensor) -> None:
-    """Refuse logits on which the hidden states act in another way than through the head."""
+    """Refuse logits that depend on the hidden states in another way than through the head."""
     want = transform(z)
     rounding = 16 * torch.finfo(run.logits.dtype).eps * want.abs().amax()
     if not ((run.logits - want).abs() <= rounding).all():
@@ -201,7 +203,7 @@ def _check_hidden(model: nn.Module, transform: HeadTransform, run: HollowRun, z:
         )
     (wanted,) = torch.autograd.grad(want.sum(), z)
     if run.logits.requires_grad:
-        run.logits.sum().backward()  # not torch.autograd.grad, with which reentrant checkpoints do not go
+        run.logits.sum().backward()  # reentrant checkpoints do not support torch.autograd.grad
     slope = z.grad
     if slope is None or (slope - wanted).abs().max() > 1e-3 * wanted.abs().max():
         raise refusal(
@@ -232,7 +234,7 @@ def _check_logits(model: nn.Module, call: HollowRun, z: Tensor) -> None:
 
 
 def _explain(model: nn.Module, logits: Tensor, z: Tensor) -> tuple[float, float | None, int | None]:
-    """Scale, softcap and cut that map z to `logits`, up to the rounding of their type."""
+    """Return the scale, softcap and cut that map z to `logits`, up to the rounding of their type."""
     rounding = 16 * torch.finfo(logits.dtype).eps
     vocab_size = None if logits.shape[-1] == z.shape[-1] else logits.shape[-1]
     z, logits = z[..., :vocab_size], logits.cpu().double()
@@ -260,7 +262,7 @@ def _explain(model: nn.Module, logits: Tensor, z: Tensor) -> tuple[float, float 
 
 
 def _tidy(value: float, rounding: float) -> float:
-    """A six-digit number, or the reciprocal of one, within `rounding` of `value`; else `value`."""
+    """Return a six-digit number, or the reciprocal of one, within `rounding` of `value`; else `value`."""
     if not 0 < value < float("inf"):
         return value
     for candidate in (float(f"{value:.6g}"), 1 / float(f"{1 / value:.6g}")):

@@ -1,4 +1,4 @@
-"""What a model makes of its labels and its loss: a cross-entropy of its tokens and nothing else, or a refusal."""
+"""Check that the loss of a model is the cross-entropy of its tokens and nothing else; refuse it if not."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .hollow import (
 
 _REMEDY = "The patch would replace its loss by one that differs; train it without the patch"
 
-# Tokens of a probe of code that is part of transformers, and logits of one of any other code: of up to
-# 2048 vocabulary entries every one is a label then.
+# A probe of code that is part of transformers has this many tokens. One of any other code has this many logits, so that
+# with up to 2048 vocabulary entries every entry is a label.
 _TOKENS = 16
 _LOGITS = 2**22
 
-# Arguments of every loss function of transformers, of which the patch knows the meaning.
+# Arguments of every loss function of transformers, whose meaning the patch knows.
 _KNOWN = {"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"}
 
 
@@ -45,14 +45,14 @@ def shifts_labels(model: Any, path: str, head: nn.Linear, vocab_size: int) -> bo
     function = loss_function(model)
     tokens = _TOKENS if is_builtin(function) else max(_TOKENS, _LOGITS // vocab_size)
     labels = _labels(model, vocab_size, tokens)
-    few = labels[:, :_TOKENS]  # all of it would take V hidden states
+    few = labels[:, :_TOKENS]  # all labels would take V hidden states
     run = _run(model, path, head, few)
     if not isinstance(run.labels, Tensor) or not torch.equal(run.labels.cpu(), few):
         raise refusal(model, "the labels do not reach its loss_function unchanged", _REMEDY)
     logits = normal(*labels.shape, vocab_size, seed=3).float()
 
     def loss(logits: Tensor, labels: Tensor, num_items: int | None = None) -> Tensor:
-        # A call without their number leaves it out, and a default of the function's would count.
+        # Left out if it is None, as a call does: the function may have a default of its own.
         options = run.options | ({} if num_items is None else {"num_items_in_batch": num_items})
         try:
             got = function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
@@ -133,10 +133,10 @@ def _check_far(
     vocab_size: int,
     width: int,
 ) -> None:
-    """Refuse a loss of the user's that is the cross-entropy of usual logits alone, or has another gradient.
+    """Refuse a loss of the user's that is the cross-entropy for ordinary logits only, or has another gradient.
 
-    It may bound logits or losses, or leave out tokens that are far off, or right already. `loss` gives, for the
-    output of a head, (B, T, `width`), the loss and the logits that it is of.
+    It may bound logits or losses, or leave out tokens that are far off or already right. `loss` maps the output of a
+    head, (B, T, `width`), to the loss and the logits that it was computed from.
     """
     target = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift else labels
     right = F.one_hot(target.clamp(min=0), width)
@@ -156,19 +156,18 @@ def _check_far(
 
 
 def returns_loss(model: Any, head: nn.Linear) -> bool:
-    """Whether a model always returns the loss that its loss function gives, and adds nothing to it.
+    """Return whether a model always returns the loss that its loss function gives, and adds nothing to it.
 
-    The code of transformers may: its router losses, which do not depend on the logits.
+    Code of transformers may add its router losses, which do not depend on the logits.
 
     Raises:
-        ValueError: the term depends on the logits, or something else in the output does. In training
-            there are none.
+        ValueError: what it adds, or something else in its output, depends on the logits. In training there are none.
     """
     path = path_of_head(model)
     with torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
         labels = torch.tensor([[1, -100, 0], [-100, 0, 1]])
         z = normal(*labels.shape, head.out_features, seed=4).requires_grad_()
-        # As likely as not, or right for every label, shifted or not: that is what an accuracy sees.
+        # Logits that are right for every label, shifted or not, move an accuracy that the model may compute.
         right = [F.one_hot(y.clamp(min=0), head.out_features) for y in (labels, labels.roll(-1, 1))]
         hidden = normal(*labels.shape, head.in_features, seed=5)
         run = run_hollow(model, path, z, hidden, labels, past_loss=True)
@@ -190,7 +189,7 @@ def returns_loss(model: Any, head: nn.Linear) -> bool:
         for other in (-z.detach(), *(9.0 * z.detach().abs().amax() * hot for hot in right)):
             again = run_hollow(model, path, other, hidden, labels, past_loss=True)
             moved += _differences(_fields(run) | run.left, _fields(again) | again.left)
-        if moved:  # a time, say, moves anyway
+        if moved:  # what differs between equal runs, such as a time, does not depend on the logits
             again = run_hollow(model, path, z, hidden, labels, past_loss=True)
             anyway = _differences(_fields(run) | run.left, _fields(again) | again.left)
             moved = [name for name in moved if name not in anyway]
@@ -215,21 +214,21 @@ def _run(
 
 
 def _labels(model: Any, vocab_size: int, tokens: int) -> Tensor:
-    """Labels for a probe, (2, T): special tokens, the first and last ids, others at random, and some ignored."""
+    """Return labels for a probe, (2, T): special tokens, the first and last ids, random ones, and some ignored."""
     generator = torch.Generator().manual_seed(0)
     special = [token for token in _special_tokens(model.config) if 0 <= token < vocab_size]
     first = list(dict.fromkeys([*special, 0, 1, vocab_size - 1]))
     others = torch.randperm(vocab_size, generator=generator)[: max(tokens - len(first), 2)]
     ids = torch.cat([torch.tensor(first), others])
-    most = -(-2 * len(ids) // 3)  # one row has more of them, or a mean of means would be right
+    most = -(-2 * len(ids) // 3)  # rows differ in length, so that a mean over rows of means shows
     labels = torch.full((2, most + 2), -100)
-    labels[0, 1 : most + 1] = ids[:most]  # the label at 0 counts nowhere, where labels are shifted
+    labels[0, 1 : most + 1] = ids[:most]  # shifted labels do not use position 0
     labels[1, 2 : len(ids) - most + 2] = ids[most:]
     return labels
 
 
 def few_labels(vocab_size: int) -> Tensor:
-    """Labels 0 and 1, and some ignored, (2, T): fewer for a large vocabulary, whose logits take memory."""
+    """Return labels 0 and 1, and some ignored, (2, T): fewer for a large vocabulary, whose logits take memory."""
     index = torch.arange(2 * min(64, max(8, 2**18 // vocab_size)))
     return torch.where(index % 3 == 1, -100, index % 2).view(2, -1)
 
@@ -246,35 +245,35 @@ def _special_tokens(config: Any) -> list[int]:
 
 
 def loss_function(model: Any) -> Any:
-    """What a model, patched or not, would compute its loss with."""
+    """Return the loss function that a model would use without the patch."""
     return original_class(model).loss_function.fget(model)
 
 
 def loss_source(model: Any) -> tuple[Any, str | None]:
-    """What decides on the loss function of a model: one that was set on it, and the name of its kind."""
-    # Not vars(model).get, on which compiled code has no guard.
+    """Return what decides on the loss function of a model: one that was set on it, and its `loss_type`."""
+    # Not vars(model).get: compiled code would have no guard on that.
     set_on_it = model._loss_function if hasattr(model, "_loss_function") else None
     return set_on_it, model.loss_type if hasattr(model, "loss_type") else None
 
 
 def loss_options(function: Any) -> frozenset[str] | None:
-    """Arguments by which a loss function changes the loss that the patch does not know; None: any may."""
+    """Return the arguments of a loss function that change it in a way the patch does not know; None: any may."""
     if not is_builtin(function):
         return None
-    # What it does not name it passes on to torch's cross-entropy, without these.
+    # Arguments that a loss function of transformers does not name do not reach its cross-entropy.
     return frozenset(inspect.signature(function).parameters.keys() - _KNOWN)
 
 
 def takes_shift_labels(function: Any) -> bool:
-    """Whether a loss function counts `shift_labels` in place of labels that it shifts."""
+    """Return whether a loss function uses `shift_labels` in place of labels that it shifts."""
     return "shift_labels" in inspect.signature(function).parameters
 
 
 def forward_arguments(model: Any) -> frozenset[str] | None:
-    """Arguments that do not change a loss which a model computes by itself; None: none do.
+    """Return the arguments that do not change the loss of a model that computes it itself; None: no argument does.
 
-    The code of transformers is known; of another class, those of the one from transformers that it
-    was derived from.
+    Code of transformers is known. For a class of the user's, they are the arguments of the class of
+    transformers that it is derived from.
     """
     cls = original_class(model)
     if is_builtin(cls.forward):
@@ -287,7 +286,7 @@ def forward_arguments(model: Any) -> frozenset[str] | None:
 
 
 def _check_known(model: nn.Module, output: Any) -> None:
-    """Refuse a forward that returns what is of no kind whose loss can be set."""
+    """Refuse a forward whose output is of no kind in which the loss can be set."""
     is_tuple = type(output) is tuple or hasattr(output, "_replace")
     if not (is_tuple or is_mapping(output) or dataclasses.is_dataclass(output)):
         reason = f"its forward returns a {type(output).__name__}"
@@ -295,13 +294,13 @@ def _check_known(model: nn.Module, output: Any) -> None:
 
 
 def _fields(run: HollowRun) -> dict[str, Any]:
-    """What a forward returned, by name, but its logits."""
+    """Return what a forward returned, by name, without its logits."""
     fields = output_fields(run.output)
     return {name: value for name, value in fields.items() if name != "logits"}
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The names of what differs in the second of two dictionaries: numbers and tensors, and what holds them."""
+    """Return the names of the entries in which two dictionaries of numbers, tensors and containers differ."""
     return [name for name in one if name not in other or not _same(one[name], other[name], 8)]
 
 
@@ -330,7 +329,7 @@ def _same(one: Any, other: Any, depth: int) -> bool:
 def _check_same_state(
     model: nn.Module, own: HollowRun, withheld: HollowRun, again: HollowRun
 ) -> None:
-    """Refuse a model of the user's that with labels does more than its loss, which then would not be done."""
+    """Refuse a model of the user's that does more with its labels than its loss: the patch would not do it."""
     asked = sorted(own.asked - withheld.asked)
     if asked:
         raise refusal(

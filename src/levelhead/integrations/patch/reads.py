@@ -1,9 +1,9 @@
-"""What of a model may change its loss later: numbers that it keeps, and all that a loss of the user's can reach.
+"""Find the values that may change the loss of a model later: its numbers, and what a loss of the user's reads.
 
 A patched call sees what the model does with its logits and with the loss that it is handed. It does not run a loss
-function of the user's, nor a loss that a model of the user's computes itself. So of these all that the code can reach
-by name is looked at in each call: what it closes over, its globals, what it names of the model and its config, the
-object that it is a method of, and what these hold.
+function of the user's, nor a loss that a model of the user's computes itself. So each call looks at everything that
+this code can reach by name: what it closes over, its globals, what it names of the model and its config, the object
+that it is a method of, and what these hold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OF_MODULES = vars(nn.Module()).keys()
 
 
 def watched(model: Any) -> dict[str, dict[str, Any]]:
-    """The simple values, lists of them and tensors in the config of a model, in those within it, and in itself."""
+    """Return the simple values, lists of them and tensors in a model, in its config, and in the configs within that."""
     found: dict[str, dict[str, Any]] = {}
     places: list[tuple[str, Any]] = [("config.", model.config), ("", model)]
     for place, holder in places:  # grows
@@ -61,9 +61,9 @@ def watched(model: Any) -> dict[str, dict[str, Any]]:
 
 
 class Seen:
-    """The attributes of a model and its configs when `watched` last found what was probed.
+    """The attributes of a model and its configs when `watched` last found them as they were probed.
 
-    They tell in a few microseconds that nothing has changed. A copy of a model begins without.
+    Comparing them tells in a few microseconds that nothing has changed. A copy of a model starts without.
     """
 
     def __init__(self) -> None:
@@ -73,39 +73,39 @@ class Seen:
         return Seen, ()
 
     def take(self, model: Any) -> None:
-        """Take down what `watched` looks at."""
+        """Keep what `watched` looks at."""
         self._holders = []
         holders = [(model, _copied(model))]
         for holder, _ in holders:  # grows
             for name, value in vars(holder).items():
-                if isinstance(value, Tensor):  # which is seen to be changed by its version only
+                if isinstance(value, Tensor):  # only its version tells that it was changed
                     return
                 if name != "generation_config" and hasattr(value, "to_diff_dict"):
                     holders.append((value, _copied(value)))
         self._holders = holders
 
     def is_same(self, model: Any) -> bool:
-        """Whether nothing has changed since; no for maybe."""
+        """Return True if nothing has changed since; False if something has, or may have."""
         # A shallow copy of a model shares this with it.
         if not self._holders or self._holders[0][0] is not model:
             return False
         try:
             for holder, kept in self._holders:
-                # Not vars, for which a config of transformers looks through its other names.
+                # Not vars(): a config of transformers computes that from its aliases.
                 if object.__getattribute__(holder, "__dict__") != kept:
                     self._holders = []
-        except Exception:  # a comparison of something of the user's own, such as an array
+        except Exception:  # objects of the user's, such as arrays, may refuse to be compared
             self._holders = []
         return bool(self._holders)
 
 
 def _copied(holder: Any) -> dict[str, Any]:
-    """The attributes of an object, of which lists and the like may change in place."""
+    """Copy the attributes of an object; lists and the like are copied too, since they may change in place."""
     return {k: copy.copy(v) if type(v) in _CONTAINERS else v for k, v in vars(holder).items()}
 
 
 def reads(model: Any, code: Any) -> dict[str, Any]:
-    """What code of the user's may read and may find changed: simple values, and of others which they are.
+    """Return what code of the user's can read: simple values, and the identity of other objects.
 
     Args:
         model: a language model, patched or not.
@@ -144,9 +144,9 @@ def reads(model: Any, code: Any) -> dict[str, Any]:
 
 
 def when_compiled(found: dict[str, Any]) -> tuple[list[tuple[bool, str, Any]], str | None]:
-    """What a compiler can watch of what `reads` has found, and where something is that it cannot.
+    """Return the reads that a compiler can watch, and the place of one that it cannot, or None.
 
-    It can numbers of the model and its config: whether it is one of the config, its name and its value.
+    It can watch numbers of the model and of its config. Each is returned as: whether it is the config's, name, value.
     """
     plain, other = [], None
     for where, value in found.items():
@@ -164,7 +164,7 @@ def _state_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _holds(value: Any) -> bool:
-    """Whether something may hold what a loss reads, and can be looked into."""
+    """Return whether something may hold what a loss reads, and can be looked into."""
     if isinstance(value, types.FunctionType):
         return is_of_users(value) or hasattr(value, "__wrapped__")
     if isinstance(value, types.MethodType):
@@ -179,7 +179,7 @@ def _holds(value: Any) -> bool:
 
 
 def _parts(holder: Any, model: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Name and value of what `holder` holds, and whether it stands in code, not in data."""
+    """Yield name and value of what `holder` holds, and whether it is fixed: part of code, not of data."""
     parts: dict[Any, Any] = {}
     if isinstance(holder, types.FunctionType):
         yield from _parts_of_function(holder, model)
@@ -200,17 +200,17 @@ def _parts(holder: Any, model: Any) -> Iterator[tuple[str, Any, bool]]:
         parts = {n: getattr(holder, n, None) for n in slots} | getattr(holder, "__dict__", {})
     for cls in _users_classes(holder if isinstance(holder, type) else type(holder)):
         for name, value in vars(cls).items():
-            # Of a class that is only named the numbers count, not what its instances do.
+            # If a class is only named, its numbers count, but not the methods of its instances.
             is_read = not isinstance(holder, type) or type(value) in _SIMPLE
             if is_read and (name == "__call__" or not name.startswith("__")):
                 yield name, _function_in(value), True
-    # After the class, whose attributes these replace.
+    # After the class: attributes of the instance replace those of its class.
     yield from ((str(name), value, False) for name, value in parts.items())
 
 
 def _parts_of_function(function: Any, model: Any) -> Iterator[tuple[str, Any, bool]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name != "__class__" and cell != types.CellType():  # an empty one
+        if name != "__class__" and cell != types.CellType():  # not an empty cell
             yield name, cell.cell_contents, True
     if not is_of_users(function):  # a decorator of torch or transformers
         return
@@ -239,7 +239,7 @@ def _parts_of_function(function: Any, model: Any) -> Iterator[tuple[str, Any, bo
 
 @functools.lru_cache(maxsize=64)
 def _names(code: types.CodeType) -> frozenset[str]:
-    """All that code may ask for by name."""
+    """Return all names that code may look up."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, str):
@@ -251,10 +251,10 @@ def _names(code: types.CodeType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def _users_classes(cls: type) -> tuple[type, ...]:
-    """Those of a class and its bases, the last one first: what stands in a subclass counts."""
+    """Return the user's classes among a class and its bases, base classes first: a subclass overrides them."""
     return tuple(base for base in reversed(cls.__mro__) if is_of_users(base))
 
 
 def _function_in(member: Any) -> Any:
-    """The function that a member of a class runs: a property, say."""
+    """Return the function that a member of a class runs; for a property, its getter."""
     return getattr(member, "fget", None) or getattr(member, "__func__", member)

@@ -1,7 +1,7 @@
-"""What stands where the logits would in a call of a patched model that makes none.
+"""What takes the place of the logits in a call of a patched model that makes none.
 
-Within the forward it is a `StandIn`, one token wide. Whatever is made of it is a `StandIn` too, so that a term of the
-loss, a metric or a penalty made of it is known for one, whatever its value. In the output it is `NoLogits`.
+Within the forward it is a `StandIn`, the logits of one token. Whatever is computed from it is a `StandIn` too, so a
+term of the loss, a metric or a penalty that depends on the logits is recognised. In the output it is `NoLogits`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor
 
 
 class ChangedError(RuntimeError):
-    """Something between the labels or the head and the loss is not what the patch knows."""
+    """Something between the labels or the head and the loss is not what the probe found."""
 
 
 def no_logits(what: str) -> ChangedError:
-    """The error for a model that makes more of its logits than its loss: `what` it makes."""
+    """Return the error for a model that computes more from its logits than its loss; `what` says what."""
     return ChangedError(
         f"the model makes more of its logits than its loss: {what}, and in this call there are none. "
         "Leave that out, call the model with skip_logits=False, or use unpatch_model"
     )
 
 
-# What gives the numbers of a tensor to Python.
+# Functions that give the numbers of a tensor to Python.
 _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__dlpack__"}
 _READS |= {"__bool__", "__int__", "__index__", "__float__", "__complex__", "__contains__"}
 _READS |= {"__format__"}
 
-# What moves tokens, which one token does not show.
+# Functions that move tokens, which a stand-in of one token would not show.
 _MOVES = {
     "roll",
     "flip",
@@ -46,13 +46,13 @@ _MOVES |= {"logcumsumexp"}
 
 
 class StandIn(Tensor):
-    """Numbers for one token in place of the logits of all; see the top of this file."""
+    """The logits of one token in place of those of all; see the top of this file."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func`; what it returns is a stand-in, too, unless it takes only the shape or the like."""
+        """Call `func` and make its result a stand-in, unless `func` takes only a shape, a dtype or a device."""
         name = getattr(func, "__name__", "")
         ours = bool(args) and isinstance(args[0], StandIn)
         if name == "__repr__":
@@ -64,7 +64,7 @@ class StandIn(Tensor):
         if name == "__iter__":
             return iter(args[0].unbind(0))
         if name == "__setitem__" and ours:
-            args[0][args[1]]  # to refuse a part that is empty
+            args[0][args[1]]  # refuses an empty part
         writes = name.endswith("_") and not name.endswith("__")
         if (writes or name in ("__setitem__", "__set__") or "out" in (kwargs or ())) and not ours:
             raise no_logits(f"it writes what it makes of them into something else ({name})")
@@ -83,9 +83,9 @@ class StandIn(Tensor):
 
 
 def mark(tensor: Tensor) -> Tensor:
-    """Make a stand-in of `tensor` itself, but in compiled code.
+    """Turn `tensor` itself into a stand-in, except in compiled code.
 
-    A compiler follows such a class in a graph, but not from one graph to the next.
+    A compiler follows such a class within a graph, but not from one graph to the next.
     """
     if type(tensor) is Tensor and not is_compiled():
         tensor.__class__ = StandIn
@@ -93,14 +93,14 @@ def mark(tensor: Tensor) -> Tensor:
 
 
 def is_compiled() -> bool:
-    """Whether this is compiled, or called from compiled code where that could not be."""
+    """Return whether this code is compiled, or runs at a graph break of compiled code."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def holds_stand_in(value: Any) -> bool:
-    """Whether `value`, or something in it if it is a container, is made of a stand-in."""
+    """Return whether `value`, or something in it if it is a container, is a stand-in."""
     if value is None or isinstance(value, Tensor):
         return type(value) is StandIn
     if isinstance(value, dict):
@@ -116,7 +116,7 @@ NO_LOGITS = (
 
 
 class NoLogits:
-    """Stands at `logits` in the output of a call that made none; whatever is done with it says so."""
+    """The `logits` of an output that has none; every use of it raises and says why."""
 
     def __repr__(self) -> str:
         return "<no logits: call with skip_logits=False to have them>"
@@ -137,6 +137,6 @@ class NoLogits:
         cls()._refuse()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy, pickle and their like ask for what it has not
+        if name.startswith("__"):  # copy, pickle and the like look for optional methods
             raise AttributeError(name)
         self._refuse()

@@ -16,7 +16,7 @@ from .reads import Seen
 
 @dataclass(frozen=True)
 class PatchState:
-    """What a patched model carries in its `__dict__`: what the probe has found, and options."""
+    """What a patched model carries in its `__dict__`: what the probe found, and the options."""
 
     probed: Probed
     smoothing: float | Tensor
@@ -25,18 +25,18 @@ class PatchState:
     eval_smoothing: float
     eval_logits: bool
     objective: Objective | None = None  # of training, in place of the smoothed cross-entropy
-    looks: int = 0  # how often what its loss reads has changed
+    looks: int = 0  # how often a value that its loss reads has changed
     seen: Seen = field(default_factory=Seen, compare=False)
-    # What changes in the model without effect on its loss, by place and name.
+    # Values of the model that change without effect on its loss, by place and name.
     no_matter: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def transform(self) -> HeadTransform:
-        """What the model does with the output of its head."""
+        """Return what the model does with the output of its head."""
         return self.probed.transform
 
     def training_transform(self) -> HeadTransform:
-        """The model's own transform, then temperature and softcap."""
+        """Return the model's own transform followed by temperature and softcap."""
         if isinstance(self.temperature, Tensor) and can_look(self.temperature):
             check_positive("temperature", self.temperature)  # it may have been filled since
         own = self.transform
@@ -47,7 +47,7 @@ class PatchState:
 
 
 def patch_state(model: nn.Module) -> PatchState | None:
-    """The patch of `model`, if it has one."""
+    """Return the patch of `model`; None if it has none."""
     return vars(model).get("_levelhead")  # not getattr, which a wrapper would forward
 
 
