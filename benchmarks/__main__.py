@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from levelhead.measure.methods import COMPILED, CPU_METHODS, CPU_STATISTICS, DENSE, OURS, STATISTICS
+
 from . import training
 from .measure import RESULTS, CpuClock, Group, Row, line, measure, unmeasured, write
-from .methods import COMPILED, CPU_METHODS, CPU_STATISTICS, DENSE, OURS, STATISTICS
 from .shapes import OVER_TOKENS, OVER_VOCABULARY, SHAPES
 from .step import Case, machine
 from .targets import cpu_verdicts, said

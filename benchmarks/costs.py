@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from levelhead.measure.methods import DENSE, OURS
+
 from . import figures
 from .measure import PRODUCTS
-from .methods import DENSE, OURS
 from .shapes import OVER_TOKENS, OVER_VOCABULARY
 from .targets import ratio
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from levelhead.measure.methods import STATISTICS, baseline, fused, fused_statistics
 from levelhead.ops import library
 from levelhead.ops.tile import addmm_
 
 from .gate import Gate
 from .measure import Row, admit
-from .methods import STATISTICS, baseline, fused, fused_statistics
 from .shapes import SHAPES
 from .stage import Stage, Task
 from .step import Case, Step, quantiles

@@ -25,12 +25,12 @@ from rich.progress import track
 from torch import Tensor
 
 from levelhead.calibration import calibration_error
-from levelhead.cli import memory
 from levelhead.cli.demo import data as demo
 from levelhead.cli.demo.training import Recipe, answer, build_pair, number_of_steps
 from levelhead.cli.teacher.store import Forced, Row, shard_path, write_shard
 from levelhead.heads.head import head_input, single_head
 from levelhead.integrations import set_objective
+from levelhead.measure import memory
 from levelhead.objectives import Distillation, distillation_loss, recalibrate
 from levelhead.ops import TopK, linear_topk
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from levelhead.measure.methods import COMPILED, DENSE, OURS
+
 from .measure import PRODUCTS, Row
-from .methods import COMPILED, DENSE, OURS
 from .shapes import OVER_TOKENS, OVER_VOCABULARY
 
 Points = list[tuple[float, float]]

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .methods import STATISTICS
+from levelhead.measure.gate import error_budget
+from levelhead.measure.methods import STATISTICS
+
 from .step import Step
 
 _SLICE = 512  # tokens whose float64 logits stand at a time: 1 GB at V = 256000
@@ -63,7 +65,7 @@ class Gate:
         for index, (error, rounding) in enumerate(self._errors(step)):
             rounding += self.of_loss if index == 0 else 0
             largest = self.truth[index].abs().amax().item()
-            of_budget.append(error / (2 * self.dense[index] + rounding * largest))
+            of_budget.append(error / error_budget(self.dense[index], largest, rounding))
             relative.append(error / largest)
         errors = {"error": _largest(of_budget), "loss_error": relative[0]}
         return errors | ({"gradient_error": _largest(relative[1:])} if relative[1:] else {})

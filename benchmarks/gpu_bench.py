@@ -9,8 +9,9 @@ from itertools import product
 
 import torch
 
+from levelhead.measure.methods import COMPILED, GPU_METHODS
+
 from .measure import Group, Row, measure
-from .methods import COMPILED, GPU_METHODS
 from .shapes import SHAPES
 from .stage import Stage, Task
 from .step import Case
@@ -41,7 +42,7 @@ def plan() -> list[Group]:
 
 def floor_seconds(row: Row, device: str) -> float | None:
     """Return the least time of Levelhead's stages by the datasheet of the device, None if there is none."""
-    from levelhead.ops.triton import roofline
+    from levelhead.measure import roofline
 
     known = {"A100": roofline.A100, "H100": roofline.H100, "H200": roofline.H200}
     accelerator = next((known[name] for name in known if name in device), None)

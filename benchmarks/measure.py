@@ -20,10 +20,11 @@ from typing import Any, Protocol
 
 import torch
 
-from levelhead.cli import memory
+from levelhead.measure import memory
+from levelhead.measure.methods import STATISTICS, baseline
+from levelhead.measure.timing import Method
 
 from .gate import Gate
-from .methods import STATISTICS, Method, baseline
 from .step import Case, Step, extra_bytes, quantiles
 
 Row = dict[str, Any]

@@ -68,7 +68,7 @@ def stages() -> str:
     """Return what the stages of the Triton implementation compute and move, for the head of Llama-3 8B."""
     import torch
 
-    from levelhead.ops.triton import roofline
+    from levelhead.measure import roofline
 
     shape = n, v, d = 8192, *SHAPES["Llama-3 8B"]
     dtype = torch.bfloat16
@@ -93,7 +93,7 @@ def stages() -> str:
             *lines,
             "",
             f"N = {n} tokens, V = {v}, D = {d}, bfloat16, as on an H200; counted from the loops, not measured, by "
-            "`ops/triton/roofline.py`, which a test holds to what is launched.",
+            "`measure/roofline.py`, which a test holds to what is launched.",
         ]
     )
 

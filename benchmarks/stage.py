@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from levelhead.cli import memory
+from levelhead.measure import memory
 
 from .measure import Row, reason, write
 from .step import Case, Step, machine

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import levelhead
-from levelhead.cli.bench import measure
-
-from .methods import STATISTICS, Method
+from levelhead.measure import timing
+from levelhead.measure.methods import STATISTICS
+from levelhead.measure.timing import Method
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
     device: str = "cpu"
 
 
-class Step(measure.Step):
+class Step(timing.Step):
     """One loss, and its backward if the case has one, ready to be repeated."""
 
     def __init__(self, case: Case, loss: Method) -> None:
@@ -91,7 +91,7 @@ def extra_bytes(case: Case, method: Method) -> int:
 
 def quantiles(seconds: list[float]) -> dict[str, Any]:
     """Return the columns of a row that describe its times, in milliseconds; in `ms` those of every round."""
-    return measure.quantiles(seconds) | {"ms": [round(1e3 * second, 3) for second in seconds]}
+    return timing.quantiles(seconds) | {"ms": [round(1e3 * second, 3) for second in seconds]}
 
 
 PACKAGES = ("transformers", "trl", "liger-kernel", "cut-cross-entropy")

@@ -4,9 +4,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from levelhead.measure.methods import DENSE
+from levelhead.measure.methods import OURS as CPU_OURS
+
 from .measure import PRODUCTS
-from .methods import DENSE
-from .methods import OURS as CPU_OURS
 
 Row = dict[str, Any]
 

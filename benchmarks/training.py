@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import levelhead
-from levelhead.cli import memory
+from levelhead.measure import memory
 
 from .measure import CpuClock, Row, reason, take_turns
 from .step import quantiles

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from levelhead.measure.methods import dense, fused
 from levelhead.ops import chunked, reference
 from levelhead.ops.loss import token_loss_backward
 from levelhead.ops.statistics import LogitStats
@@ -27,7 +28,6 @@ from levelhead.ops.triton import launch
 
 from .gpu_bench import TOKENS
 from .measure import Clock, Row, reason
-from .methods import dense, fused
 from .shapes import SHAPES
 from .stage import Stage, Task
 from .step import Case, Step

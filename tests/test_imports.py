@@ -22,8 +22,9 @@ ROOMS = {
     "scoring": ("ops", "heads"),
     "integrations": ("ops", "heads", "integrations.patch", "integrations.inductor"),
     "objectives": ("ops", "calibration", "heads"),
+    "measure": ("ops",),
     "cli": (
-        *("ops", "calibration", "objectives", "heads", "scoring"),
+        *("ops", "calibration", "objectives", "heads", "scoring", "measure"),
         *("integrations", "integrations.patch", "integrations.inductor"),
     ),
 }

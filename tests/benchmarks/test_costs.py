@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import costs, figures, measure, methods, render, targets
+from benchmarks import costs, figures, measure, render, targets
 from benchmarks.shapes import OVER_TOKENS, OVER_VOCABULARY
+
+from levelhead.measure import methods
 
 MIB = 2**20
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as cpu
-from benchmarks import measure, methods, training
+from benchmarks import measure, training
 from benchmarks.shapes import SHAPES
 from benchmarks.step import Case, Step
+
+from levelhead.measure import methods
 
 
 class HereClock(measure.CpuClock):

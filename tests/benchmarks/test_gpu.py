@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, gpu_bench, measure, methods, stage, targets
+from benchmarks import gpu, gpu_bench, measure, stage, targets
 from benchmarks.gate import Gate, exact
 from benchmarks.shapes import SHAPES
 from benchmarks.step import Case, Step
 from torch import Tensor
 
-from levelhead.cli import memory
+from levelhead.measure import memory, methods
 from levelhead.ops import reference
 
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("rich")
 
-from levelhead.cli import main, memory
-from levelhead.cli.bench import budget, contest, measure
-from levelhead.cli.bench.gate import Gate
-from levelhead.cli.plan import footprint
+from levelhead.cli import main
+from levelhead.measure import bench as comparison
+from levelhead.measure import footprint, memory
+from levelhead.measure.gate import Gate
+from levelhead.measure.timing import Step
 from levelhead.ops import chunked, library
 
 SHAPE = ["--hidden", "32", "--vocabulary", "3001"]
@@ -22,7 +23,7 @@ TOKENS = ["--tokens", "300"]
 @pytest.fixture
 def unweighed(monkeypatch):
     """Spares the process that measures memory."""
-    monkeypatch.setattr(contest, "_weigh", lambda *_: None)
+    monkeypatch.setattr(comparison, "_weigh", lambda *_: None)
 
 
 def bench(capsys, *arguments):
@@ -35,7 +36,7 @@ def test_time_and_memory_of_every_method(capsys):
     assert (said["hidden"], said["vocabulary"], said["tokens"]) == (32, 3001, 2000)
     modes = ("forward+backward", "frozen head")
     assert [(row["method"], row["mode"]) for row in said["rows"]] == [
-        (method, mode) for mode in modes for method in contest.LOSSES
+        (method, mode) for mode in modes for method in comparison.LOSSES
     ]
     peaks = {}
     for row in said["rows"]:
@@ -56,32 +57,34 @@ def test_a_table(capsys):
     assert main(["bench", *SHAPE, *TOKENS]) == 0
     printed = capsys.readouterr().out
     assert "head 3001 x 32, float32" in printed
-    for method in contest.LOSSES:
+    for method in comparison.LOSSES:
         assert printed.count(f"│ {method} ") == 2, printed
 
 
 @pytest.mark.usefixtures("unweighed")
 def test_tokens_are_chosen_and_the_reason_said(monkeypatch, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(budget, "_MOST", 128)
+    monkeypatch.setattr(comparison, "_MOST", 128)
     said = bench(capsys, "tiny", "--dtype", "bf16")
     assert (said["hidden"], said["vocabulary"]) == (64, 259)
     assert (said["tokens"], said["tokens_are"]) == (128, "enough for steady times")
-    monkeypatch.setattr(budget, "step_seconds", lambda *_: dict.fromkeys(contest.LOSSES, 3600.0))
+    monkeypatch.setattr(
+        comparison, "_step_seconds", lambda *_: dict.fromkeys(comparison.LOSSES, 3600.0)
+    )
     said = bench(capsys, *SHAPE)
     assert said["tokens"] == 16
     assert said["tokens_are"].startswith("more would take over a minute; times at so few")
     failures = {row["method"]: row["failure"] for row in said["rows"]}
-    if contest.TORCH in contest.LOSSES:  # torch >= 2.13
-        assert failures[contest.TORCH] == "left out: a run of it would take too long"
+    if comparison.TORCH in comparison.LOSSES:  # torch >= 2.13
+        assert failures[comparison.TORCH] == "left out: a run of it would take too long"
     assert not failures["levelhead"]
     assert not failures["F.cross_entropy"]
 
 
 def test_what_there_is_no_time_for_is_left_out_and_said(monkeypatch, capsys):
-    monkeypatch.setattr("levelhead.cli.bench._SECONDS", 0.0)
+    monkeypatch.setattr("levelhead.measure.bench._SECONDS", 0.0)
     rows = {(row["method"], row["mode"]): row for row in bench(capsys, *SHAPE)["rows"]}
-    trained = rows.pop((contest.LEVELHEAD, contest.TRAINED))
+    trained = rows.pop((comparison.LEVELHEAD, comparison.TRAINED))
     assert trained["ms_p50"] > 0
     assert trained["rounds"] == 1
     assert trained["extra_bytes"] is None
@@ -96,7 +99,7 @@ def test_what_there_is_no_time_for_is_left_out_and_said(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("unweighed")
 def test_tokens_that_are_asked_for_are_measured_whole(monkeypatch, capsys):
-    monkeypatch.setattr("levelhead.cli.bench._SECONDS", 0.0)
+    monkeypatch.setattr("levelhead.measure.bench._SECONDS", 0.0)
     said = bench(capsys, *SHAPE, *TOKENS)
     assert (said["tokens"], said["tokens_are"]) == (300, "asked for")
     assert not any(row["failure"] for row in said["rows"])
@@ -149,11 +152,11 @@ def test_the_gate_passes_the_dense_path_and_no_other_loss(dtype):
     operands = x, weight, torch.randint(3001, (300,), generator=random), 0.1
 
     def step(factor):
-        def loss(x, weight, target, smoothing):
+        def loss(x, weight, target, smoothing, reduction):
             z = F.linear(x, weight).float() * factor
-            return F.cross_entropy(z, target, label_smoothing=smoothing)
+            return F.cross_entropy(z, target, label_smoothing=smoothing, reduction=reduction)
 
-        return measure.Step(loss, *operands)
+        return Step(loss, *operands)
 
     gate = Gate(step(1))
 
@@ -174,8 +177,8 @@ def test_the_gate_is_exact_for_a_large_vocabulary():
     x = torch.randn(4, 8, generator=random, requires_grad=True)
     weight = torch.randn(262144, 8, generator=random).requires_grad_()
     target = torch.randint(262144, (4,), generator=random)
-    loss = contest.LOSSES["levelhead"]
-    step = measure.Step(loss, x, weight, target, 0.1)
+    loss = comparison.LOSSES["levelhead"]
+    step = Step(loss, x, weight, target, 0.1)
     gate = Gate(step)
     assert gate.share(gate.errors([step(), *step.gradients()])) <= 1
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import levelhead
-from levelhead.cli.plan import footprint
-from levelhead.cli.plan.footprint import METHODS, Method, Problem
+from levelhead.measure import footprint
+from levelhead.measure.footprint import METHODS, Method, Problem
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
 # Many tokens, a wide head with few, a vocabulary that nothing divides.

@@ -12,6 +12,7 @@ from tests.problems import assert_equal, gradients
 from torch import Tensor
 
 import levelhead
+from levelhead.measure.gate import error_budget
 from levelhead.ops import LogitStats, merge
 from levelhead.ops.vocab_parallel import rows_of_shards
 
@@ -177,10 +178,9 @@ def test_the_error_is_within_that_of_dense_tensor_parallelism(results, dtype):
         found = [mine["loss"], *mine["gradients"]]
         others = [theirs["loss"], *theirs["gradients"]]
         for tensor, other, want in zip(found, others, truth, strict=True):
-            error, budget = ((t.double() - want).abs().max() for t in (tensor, other))
-            # CONTRIBUTING's budget: twice the error of the dense way, plus one rounding.
-            rounding = torch.finfo(tensor.dtype).eps * want.abs().max()
-            assert error <= 2 * budget + rounding
+            error, dense_error = ((t.double() - want).abs().max() for t in (tensor, other))
+            eps = torch.finfo(tensor.dtype).eps
+            assert error <= error_budget(dense_error, want.abs().max(), eps)
 
 
 def test_autocast_narrows_the_input_and_leaves_the_gradients_wide(results):

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import levelhead
 from levelhead.integrations import patch_model
+from levelhead.measure.gate import error_budget
 from levelhead.ops import chunked
 
 FUNCTION, MODULE = "linear_cross_entropy", "LinearCrossEntropyLoss"
@@ -197,7 +198,7 @@ def _assert_within_budget(
     assert ours.keys() == truth.keys() == dense.keys()
     for name, value in truth.items():
         error, yardstick = ((side[name].double() - value).abs().max() for side in (ours, dense))
-        budget = 2 * yardstick + eps * value.abs().max()
+        budget = error_budget(yardstick, value.abs().max(), eps)
         assert error <= budget, f"{name}: error {error:.3g} > budget {budget:.3g}"
 
 

@@ -8,6 +8,7 @@ from tests.integrations.tiny_models import batch, dense_loss, gradients, next_to
 from torch import nn
 
 from levelhead.integrations import patch_model
+from levelhead.measure.gate import error_budget
 
 HALVES = [torch.bfloat16, torch.float16]
 # The dtype of the weights, and that of autocast.
@@ -57,9 +58,9 @@ def test_errors_are_at_most_twice_those_of_the_dense_path(family, dtype, autocas
 
     narrow = autocast or dtype
     assert got_loss.dtype == torch.float32
-    rounding = torch.finfo(narrow).eps * want_loss.item()
+    eps = torch.finfo(narrow).eps
     error, dense_error = (abs(loss.item() - want_loss.item()) for loss in (got_loss, dense))
-    assert error <= 2 * dense_error + rounding
+    assert error <= error_budget(dense_error, want_loss.item(), eps)
 
     # Errors are taken over all gradients of the model, where the largest one sets the rounding:
     # single parameters are off by a few roundings by chance, either way.
@@ -68,7 +69,7 @@ def test_errors_are_at_most_twice_those_of_the_dense_path(family, dtype, autocas
         max((found[name] - want[name]).abs().max().item() for name in want)
         for found in (got, yardstick)
     )
-    assert error <= 2 * dense_error + torch.finfo(narrow).eps * largest
+    assert error <= error_budget(dense_error, largest, eps)
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
@@ -148,8 +149,7 @@ def test_tiny_gradients_survive_a_grad_scaler_as_in_the_dense_path(dtype, divide
     for name, want in exact.items():
         error = (ours[name].double() - want / 10**7).abs().max().item()
         dense_error = (dense[name].double() - want / 10**7).abs().max().item()
-        # twice the dense error and one rounding to float16 of the largest gradient
-        assert error <= 2 * dense_error + 2**-10 * largest, name
+        assert error <= error_budget(dense_error, largest, torch.finfo(torch.float16).eps), name
 
 
 def test_a_gradient_of_a_float16_head_is_not_rounded_before_the_scale_reaches_it():

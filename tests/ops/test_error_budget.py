@@ -8,6 +8,7 @@ from tests.problems import Problem, gradients
 from torch import Tensor
 
 import levelhead
+from levelhead.measure.gate import error_budget
 from levelhead.ops import chunked, tile
 
 N, D, V = 67, 96, 1003
@@ -60,13 +61,13 @@ def _problem(
 def within_budget(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -> None:
     error = (actual.double() - truth).abs()
     dense_error = (yardstick.double() - truth).abs().max().item()
-    rounding = torch.finfo(actual.dtype).eps * truth.abs().max().item()
-    budget = 2 * dense_error + rounding
+    eps, largest = torch.finfo(actual.dtype).eps, truth.abs().max().item()
+    budget = error_budget(dense_error, largest, eps)
     worst = error.flatten().argmax()
     assert error.max() <= budget, (
         f"{name}: worst at {worst.item()}: got {actual.flatten()[worst].item():.9g}, "
         f"truth {truth.flatten()[worst].item():.9g}; error {error.max().item():.3g} "
-        f"> budget {budget:.3g} = 2 x {dense_error:.3g} (dense, same dtype) + {rounding:.3g}"
+        f"> budget {budget:.3g} = 2 x {dense_error:.3g} (dense, same dtype) + {eps * largest:.3g}"
     )
 
 

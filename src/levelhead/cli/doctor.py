@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import levelhead
+from levelhead.measure.gate import error_budget
 from levelhead.ops.library import implementation
 
 from .errors import WrongResultError, missing_extra
@@ -267,8 +268,8 @@ def _check(dtype: torch.dtype, softcap: float | None, device: torch.device) -> _
 
 
 def _share_of_budget(actual: Tensor, truth: Tensor, dense_error: float) -> float:
-    rounding = torch.finfo(actual.dtype).eps * truth.abs().max().item()
-    return _error(actual, truth) / (2 * dense_error + rounding)
+    largest, rounding = truth.abs().max().item(), torch.finfo(actual.dtype).eps
+    return _error(actual, truth) / error_budget(dense_error, largest, rounding)
 
 
 def _error(actual: Tensor, truth: Tensor) -> float:

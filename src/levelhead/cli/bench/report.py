@@ -1,23 +1,23 @@
 """The measurements for people: a table for each mode; needs rich."""
 
-from typing import Any
-
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .contest import LEFT_OUT, LOSSES, OUT_OF_MEMORY, TORCH, Outcome
+from levelhead.measure.bench import LEFT_OUT, LOSSES, OUT_OF_MEMORY, TORCH, Bench, Outcome
 
 
-def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
-    """Prints what was measured and the tables."""
-    console = Console()
-    name = "" if facts["model"] is None else f"{facts['model']}: "
+def show(model: str | None, found: Bench) -> None:
+    """Print what was measured and the tables."""
+    console, problem, rows = Console(), found.problem, found.rows
+    name = "" if model is None else f"{model}: "
+    dtype = str(problem.dtype).removeprefix("torch.")
     console.print(
         escape(
-            f"{name}head {facts['vocabulary']} x {facts['hidden']}, {facts['dtype']}, label smoothing "
-            f"{facts['smoothing']:g}; {facts['tokens']} tokens ({facts['tokens_are']}); {facts['device']}, "
-            f"{facts['threads']} threads, torch {facts['torch']}"
+            f"{name}head {problem.vocabulary} x {problem.hidden}, {dtype}, label smoothing "
+            f"{found.smoothing:g}; {problem.tokens} tokens ({found.tokens_are}); {found.device}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         ),
         highlight=False,
     )
@@ -45,14 +45,14 @@ def show(facts: dict[str, Any], rows: list[Outcome]) -> None:
             "computes peaks.",
             highlight=False,
         )
-    if facts["smoothing"] and TORCH in LOSSES:
+    if found.smoothing and TORCH in LOSSES:
         console.print(
             f"{TORCH} has no label smoothing: it falls back to dense logits.", highlight=False
         )
 
 
 def _cells(row: Outcome, dense: Outcome) -> list[str]:
-    """What stands beside the method: times, memory, and what they are of the dense ones."""
+    """Return the cells beside the method: times, memory, and their shares of the dense ones."""
     if row.ms_p20 is None or row.ms_p50 is None or row.ms_p80 is None:
         known = (what for what in (OUT_OF_MEMORY, LEFT_OUT) if row.failure.startswith(what))
         return [next(known, "[red]failed[/]")]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..memory import peak, prepare, reset_peak
+from levelhead.measure.memory import peak, prepare, reset_peak
+
 from .data import Batch
 from .training import Recipe, build_pair
 

@@ -6,11 +6,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from levelhead.measure.footprint import METHODS, Problem
+
 from ..arguments import DTYPES, add_dtype, add_model, count, positive
 from ..errors import CliError
 from .architecture import read_architecture
 from .cost import Layout, cost
-from .footprint import METHODS, Problem
 from .report import show, verdict
 
 _DESCRIPTION = """\

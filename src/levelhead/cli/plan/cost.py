@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import footprint
+from levelhead.measure import footprint
+from levelhead.measure.footprint import Method, Problem
+
 from .architecture import Architecture
-from .footprint import Method, Problem
 
 GIB = 2**30
 

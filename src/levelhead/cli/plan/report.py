@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+from levelhead.measure import footprint
+from levelhead.measure.footprint import Problem
+
 from ..errors import missing_extra
-from . import footprint
 from .architecture import Architecture
 from .cost import GIB, Layout, Row
-from .footprint import Problem
 
 
 def verdict(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from levelhead.measure import roofline
+from levelhead.measure.roofline import A100, H100, H200, Steps, Work
 from levelhead.ops import library, rows, sums
 from levelhead.ops.statistics import StatsGradient, statistics_dtype
-from levelhead.ops.triton import backward, forward, roofline, softmax
-from levelhead.ops.triton.roofline import A100, H100, H200, Steps, Work
+from levelhead.ops.triton import backward, forward, softmax
 
 D = 24  # hidden units; nothing else has this width, so a matrix with it is an input, a weight or a gradient of theirs
 K = 3  # picks

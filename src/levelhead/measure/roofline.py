@@ -20,10 +20,10 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from .. import sums
-from ..library import _stored_dtypes
-from ..statistics import statistics_dtype
-from . import backward, forward, launch, softmax
+from ..ops import sums
+from ..ops.library import _stored_dtypes
+from ..ops.statistics import statistics_dtype
+from ..ops.triton import backward, forward, launch, softmax
 
 _ID = torch.int64.itemsize
 

@@ -1,55 +1,49 @@
-"""Head and loss by several methods on the same tensors: first right, then weighed, then timed in turns."""
+"""Compare head and loss by several methods on the same tensors: check them, weigh them, then time them in turns."""
 
 import math
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import levelhead
-
-from .. import memory
-from ..plan import footprint
-from ..plan.footprint import Problem
+from . import footprint, memory
+from .footprint import Problem
 from .gate import SLICE, Gate
-from .measure import Loss, Step, interleaved, quantiles
+from .methods import DENSE, OURS, dense, fused, torch_fused
+from .timing import Method, Step, interleaved, quantiles
 
-LEVELHEAD, DENSE, TORCH = "levelhead", "F.cross_entropy", "F.linear_cross_entropy"
+LEVELHEAD, TORCH = OURS, "F.linear_cross_entropy"
 TRAINED, FROZEN = "forward+backward", "frozen head"
-OUT_OF_MEMORY, LEFT_OUT = "out of memory", "left out"  # how a failure that is no fault begins
+OUT_OF_MEMORY, LEFT_OUT = "out of memory", "left out"  # how a failure begins that is no fault
+_SECONDS = 45.0  # of a minute; Python and torch take the rest before and after
+_ESTIMATED = 0.9  # the share of the time that estimates may fill
 _ROUNDS = 9
 _ROUNDS_SECONDS = 16.0
-_ROWS = 4096  # of the head that differ
-_SHORT = 0.5  # seconds of a run that is foretold from a second one
-_WIDTH = 256  # of the head by which times are foretold
+_ROWS = 4096  # different rows of the head
+_SHORT = 0.5  # seconds; a shorter run is estimated from a second one
+_WIDTH = 256  # of the smaller head that times are estimated from
+_MOST, _USUAL, _LEAST = 8192, 64, 16  # tokens
+_FEWEST_ROUNDS = 3  # that there must be time for before there are more tokens than usual
 
 Key = tuple[str, str]  # method and mode
 
 
-def _dense(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), target, label_smoothing=smoothing)
-
-
-def _torch_fused(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    with warnings.catch_warnings():  # with label smoothing it says that it falls back
+def _torch_fused(*arguments: Any) -> Tensor:
+    with warnings.catch_warnings():  # with label smoothing it warns that it falls back
         warnings.filterwarnings("ignore", message=".*options.* ignored.*")
-        return F.linear_cross_entropy(x, weight, target, label_smoothing=smoothing, options=options)
+        return torch_fused("chunked", *arguments)
 
 
-def _levelhead(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return levelhead.linear_cross_entropy(x, weight, target, label_smoothing=smoothing)
-
-
-LOSSES: dict[str, Loss] = {DENSE: _dense, TORCH: _torch_fused, LEVELHEAD: _levelhead}
-if not hasattr(F, "linear_cross_entropy"):  # torch < 2.13
+LOSSES: dict[str, Method] = {DENSE: dense, TORCH: _torch_fused, LEVELHEAD: fused(None)}
+if not hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch < 2.13
     del LOSSES[TORCH]
 
 
@@ -80,18 +74,95 @@ class Outcome:
     unweighed: str = ""
 
 
-def compete(
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` measured.
+
+    Attributes:
+        problem: Shapes, dtype and device.
+        tokens_are: Why it is so many tokens.
+        smoothing: Label smoothing.
+        device: The name of the device.
+        rows: One for each method and mode.
+    """
+
+    problem: Problem
+    tokens_are: str
+    smoothing: float
+    device: str
+    rows: list[Outcome]
+
+    @property
+    def faults(self) -> list[str]:
+        """Why Levelhead, which must run wherever it fits, has no numbers; empty if it has."""
+        return [
+            f"{row.mode}: {row.failure}"
+            for row in self.rows
+            if row.method == LEVELHEAD
+            and row.failure
+            and not row.failure.startswith((OUT_OF_MEMORY, LEFT_OUT))
+        ]
+
+
+def bench(
+    hidden: int,
+    vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokens: int | None = None,
+    smoothing: float = 0.1,
+) -> Bench:
+    """Measure time and peak memory of head and loss by every method of LOSSES, on random operands.
+
+    Args:
+        hidden: Width of the head's input, D.
+        vocabulary: Rows of the head, V.
+        dtype: Of weight and hidden states.
+        tokens: N, however long it takes; None: what fits a minute and the memory.
+        smoothing: Label smoothing, in [0, 1].
+
+    Raises:
+        ValueError: The head does not fit into the free memory, alone or with so many tokens.
+    """
+    end = time.monotonic() + _SECONDS
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    one = Problem(1, hidden, vocabulary, dtype, device=device.type)
+    free = memory.free(device)
+    if _operand_bytes(one) > free:
+        raise ValueError(
+            f"a head of {vocabulary} x {hidden} and its gradient need {_operand_bytes(one) / 2**30:.1f} GiB for this, "
+            f"{free / 2**30:.1f} GiB are free; try --dtype bf16 or a smaller model"
+        )
+    methods: Collection[str] = LOSSES
+    if tokens is None:
+        tokens, methods, why = _choose(one, smoothing, free, _ESTIMATED * (end - time.monotonic()))
+    else:
+        why, end = "asked for", math.inf
+    problem = replace(one, tokens=tokens)
+    left = free - _operand_bytes(problem)
+    if left <= 0:
+        raise ValueError(
+            f"{tokens} tokens and the head need {_operand_bytes(problem) / 2**30:.1f} GiB before any loss, "
+            f"{free / 2**30:.1f} GiB are free; give fewer --tokens"
+        )
+    cpu = f"{device.type}, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    rows = _compare(problem, smoothing, methods, free=left, end=end)
+    return Bench(problem, why, smoothing, name, rows)
+
+
+def _compare(
     problem: Problem, smoothing: float, methods: Collection[str], *, free: int, end: float
 ) -> list[Outcome]:
-    """Every method in both modes, on random operands.
+    """Return every method in both modes.
 
     Args:
         problem: Shapes, dtype and device; whether it is frozen does not matter.
         smoothing: Label smoothing.
-        methods: Those of LOSSES for which there is time; of the others a row says that there is none.
-        free: Bytes that a method's peak may take; one that would take more is a row that says so.
-        end: When to be done, by time.monotonic: what would take longer is left out, and a row says so. Only Levelhead
-            is checked in any case, with a trained head.
+        methods: Those of LOSSES for which there is time; the rows of the others say that there is none.
+        free: Bytes that a method's peak may take; the row of one that would take more says so.
+        end: When to be done, by time.monotonic: what would take longer is left out, and its row says so. Only
+            Levelhead is checked in any case, with a trained head.
     """
     steps = _steps(problem, smoothing)
     rows = {
@@ -120,24 +191,64 @@ def compete(
     return list(rows.values())
 
 
-def operand_bytes(problem: Problem) -> int:
-    """What operands and gradients take, and the check beside them."""
+def _choose(
+    one: Problem, smoothing: float, free: int, seconds: float
+) -> tuple[int, Collection[str], str]:
+    """Return the tokens to measure, a power of two; the methods for which there is time; and why not more tokens.
+
+    Args:
+        one: The head, with any number of tokens.
+        smoothing: Label smoothing.
+        free: Bytes.
+        seconds: What all of it may take.
+    """
+
+    def estimated(tokens: int, methods: Collection[str]) -> dict[str, float]:
+        some = replace(one, tokens=tokens)
+        # On a CPU memory is measured with one thread.
+        slowdown = torch.get_num_threads() if one.device == "cpu" else 1
+        runs = 2 + slowdown + (_FEWEST_ROUNDS if tokens > _USUAL else 0)  # checks, peaks, rounds
+        return {
+            name: runs * taken for name, taken in _step_seconds(some, smoothing, methods).items()
+        }
+
+    least = estimated(_LEAST, LOSSES)
+    # Torch's fused loss cuts a wide head into parts of few tokens, each of which goes through the whole weight.
+    methods = [name for name in LOSSES if name != TORCH or least[name] <= seconds / 2]
+    tokens, more = _LEAST, _USUAL
+    taken = sum(least[name] for name in methods)
+    while taken <= seconds and tokens < _MOST:
+        some = replace(one, tokens=more)
+        need = _operand_bytes(some) + max(_method_bytes(name, some, smoothing) for name in methods)
+        if need > (free if more <= _USUAL else free / 2):
+            return tokens, methods, "more would take too much of the free memory"
+        taken = sum(estimated(more, methods).values())
+        if taken <= seconds:
+            tokens, more = more, 2 * more
+    if tokens >= _MOST:
+        return tokens, methods, "enough for steady times"
+    few = "; times at so few say little of training" if tokens < _USUAL else ""
+    return tokens, methods, f"more would take over a minute{few}"
+
+
+def _operand_bytes(problem: Problem) -> int:
+    """Return what operands and gradients take, and the check beside them."""
     numbers = (problem.tokens + problem.vocabulary) * problem.hidden
     return (2 * problem.dtype.itemsize + 8) * numbers + 40 * SLICE * problem.vocabulary
 
 
-def method_bytes(name: str, problem: Problem, smoothing: float) -> int:
-    """What a method is expected to take at its peak, its gradients included."""
+def _method_bytes(name: str, problem: Problem, smoothing: float) -> int:
+    """Return what a method is expected to take at its peak, gradients included."""
     formula = footprint.dense if name == DENSE or smoothing else footprint.torch_chunked
     formula = footprint.levelhead_chunked if name == LEVELHEAD else formula
     return footprint.peak(footprint.Method(name, formula), problem).total
 
 
-def step_seconds(problem: Problem, smoothing: float, methods: Collection[str]) -> dict[str, float]:
-    """Seconds that one run of some methods takes, in both modes together.
+def _step_seconds(problem: Problem, smoothing: float, methods: Collection[str]) -> dict[str, float]:
+    """Estimate the seconds that one run of some methods takes, in both modes together.
 
-    Measured on a head of the same proportions, smaller where this one is wide: methods cut a head into parts by
-    these, and all of them take time by the product of the sizes.
+    From a head of the same proportions, smaller if this one is wide: methods cut a head into parts by its proportions,
+    and the time of all of them grows with the product of its sizes.
     """
     factor = min(4, max(1, problem.hidden // _WIDTH))
     small = replace(
@@ -158,12 +269,12 @@ def step_seconds(problem: Problem, smoothing: float, methods: Collection[str]) -
 
 
 def _steps(problem: Problem, smoothing: float) -> dict[Key, Step]:
-    """A step for each mode and method, all on the same tensors, with logits of a few units."""
+    """Make a step for each mode and method, all on the same tensors, with logits of a few units."""
     device = torch.device(problem.device)
     random = torch.Generator(device).manual_seed(0)
     n, d, v, dtype = problem.tokens, problem.hidden, problem.vocabulary, problem.dtype
     x = torch.randn(n, d, dtype=dtype, generator=random, device=device).requires_grad_()
-    # Some rows again and again: random numbers for a large head would take longer than its loss.
+    # The same rows repeat: random numbers for a large head would take longer than its loss.
     rows = torch.randn(min(v, _ROWS), d, dtype=dtype, generator=random, device=device)
     weight = rows.mul_(3 / d**0.5)[torch.arange(v, device=device) % len(rows)]
     target = torch.randint(v, (n,), generator=random, device=device)
@@ -175,15 +286,15 @@ def _steps(problem: Problem, smoothing: float) -> dict[Key, Step]:
 
 
 def _excluded(name: str, mode: str, problem: Problem, smoothing: float, free: int) -> str:
-    """Why a method cannot run; empty if it can."""
-    need = method_bytes(name, replace(problem, frozen=mode == FROZEN), smoothing)
+    """Return why a method cannot run; empty if it can."""
+    need = _method_bytes(name, replace(problem, frozen=mode == FROZEN), smoothing)
     if need <= free:
         return ""
     return f"{OUT_OF_MEMORY}: needs about {need / 2**30:.2f} GiB, {free / 2**30:.2f} are free"
 
 
 def _check(steps: dict[Key, Step], rows: dict[Key, Outcome], end: float) -> dict[Key, float]:
-    """Fills in the error of each method, or why it is not to be timed; returns the seconds that its run took."""
+    """Fill in the error of each method, or why it is not timed; return the seconds that its run took."""
     gate = Gate(steps[LEVELHEAD, TRAINED])
     seconds: dict[Key, float] = {}
     errors: dict[Key, list[float]] = {}
@@ -225,7 +336,7 @@ def _weigh(
     seconds: dict[Key, float],
     end: float,
 ) -> None:
-    """Fills in the peak of each method that has seconds, or why there is none."""
+    """Fill in the peak of each method that has seconds, or why there is none."""
     peaks: dict[Key, int] | None
     if problem.device != "cpu":
         peaks = _peaks(problem, smoothing, seconds, 1, end)
@@ -250,7 +361,7 @@ def _weigh(
 def _peaks(
     problem: Problem, smoothing: float, seconds: dict[Key, float], slowdown: float, end: float
 ) -> dict[Key, int] | None:
-    """The extra bytes of those methods and modes for which there is time; None: they cannot be measured.
+    """Return the extra bytes of those methods and modes for which there is time; None: they cannot be measured.
 
     A run takes its seconds times `slowdown`, until the first one has shown how much longer it takes here.
     """

@@ -1,7 +1,6 @@
 """What is compared: the same numbers, by every way that a user could get them from installed packages."""
 
 import inspect
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -9,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import levelhead
-from levelhead.ops.api import Impl
+from ..ops import linear_cross_entropy, linear_logit_stats
+from ..ops.api import Impl
+from .timing import Method
 
-# Of input (N, D), weight (V, D), target (N,), label smoothing and reduction, "mean" or "none". A loss: () or (N,). In
-# the mode STATISTICS the negative log-likelihood of the target and the entropy of every token, (2, N), unsmoothed.
-Method = Callable[[Tensor, Tensor, Tensor, float, str], Tensor]
+# In this mode a method returns the negative log-likelihood of the target and the entropy of every token, (2, N),
+# without smoothing; in others a loss, () or (N,).
 STATISTICS = "eval statistics"
 
 
-def dense(x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str) -> Tensor:
+def dense(x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: str) -> Tensor:
     """PyTorch on materialised logits, in float32 as Hugging Face computes it."""
     logits = F.linear(x, weight).float()
-    return F.cross_entropy(logits, target, label_smoothing=eps, reduction=reduction)
+    return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=reduction)
 
 
 def compiled(*args: Any) -> Tensor:
@@ -42,46 +41,49 @@ def _compiled(function: Method, *options: tuple[str, Any]) -> Method:
 
 
 def torch_fused(
-    options: Any, x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str
+    options: Any, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: str
 ) -> Tensor:
     """The fused loss of torch >= 2.13."""
     if not hasattr(F, "linear_cross_entropy"):
         raise NotImplementedError("needs torch >= 2.13")
     chosen = torch.nn.LinearCrossEntropyOptions() if options == "chunked" else None
     return F.linear_cross_entropy(
-        x, weight, target, label_smoothing=eps, reduction=reduction, options=chosen
+        x, weight, target, label_smoothing=smoothing, reduction=reduction, options=chosen
     )
 
 
-def label_smoother(x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str) -> Tensor:
+def label_smoother(
+    x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: str
+) -> Tensor:
     """What the Trainer of transformers does with the logits for `label_smoothing_factor`."""
     from transformers.trainer_pt_utils import LabelSmoother
 
     if reduction != "mean":
         raise NotImplementedError("reduces to the mean")
-    return LabelSmoother(epsilon=eps)({"logits": F.linear(x, weight)}, target)
+    loss: Tensor = LabelSmoother(epsilon=smoothing)({"logits": F.linear(x, weight)}, target)
+    return loss
 
 
 def _trl(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     from trl.kernels import ChunkedLogProbFunction
 
-    outputs = (
-        "log_probs",
-        "entropy",
-        "is_top1",
-    )  # these, and tiles of 32768 entries, in SFTTrainer
-    return ChunkedLogProbFunction.apply(x, weight, None, target, 1.0, 32768, None, 1.0, outputs)[:2]
+    # SFTTrainer asks for these outputs, with tiles of 32768 entries.
+    outputs = ("log_probs", "entropy", "is_top1")
+    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
+        x, weight, None, target, 1.0, 32768, None, 1.0, outputs
+    )
+    return log_probs, entropy
 
 
-def trl(x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str) -> Tensor:
+def trl(x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: str) -> Tensor:
     """The fused head of TRL's SFTTrainer. It has no label smoothing."""
-    if eps:
+    if smoothing:
         raise NotImplementedError("has no label smoothing")
     losses = -_trl(x, weight, target)[0]
     return losses.mean() if reduction == "mean" else losses
 
 
-def liger(x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str) -> Tensor:
+def liger(x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: str) -> Tensor:
     """Liger-Kernel's fused loss, as it comes."""
     from liger_kernel.transformers.fused_linear_cross_entropy import (
         LigerFusedLinearCrossEntropyLoss,
@@ -89,21 +91,23 @@ def liger(x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str)
 
     if x.is_cpu:
         raise NotImplementedError("needs a GPU")
-    loss = LigerFusedLinearCrossEntropyLoss(label_smoothing=eps, reduction=reduction)
-    return loss(weight, x, target)
+    function = LigerFusedLinearCrossEntropyLoss(label_smoothing=smoothing, reduction=reduction)
+    loss: Tensor = function(weight, x, target)
+    return loss
 
 
-def cut(x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str) -> Tensor:
+def cut(x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: str) -> Tensor:
     """Cut Cross-Entropy without its filter: the exact gradient. It has no label smoothing; on a CPU it compiles."""
     from cut_cross_entropy import linear_cross_entropy
 
-    if eps:
+    if smoothing:
         raise NotImplementedError("has no label smoothing")
     # Releases after 25.1 have a preset, which accumulates in float32 besides.
     preset = "accum_e_fp32" in inspect.signature(linear_cross_entropy).parameters
     exact = {"impl": "cce_exact"} if preset else {"filter_eps": None}
     options = {"impl": "torch_compile"} if x.is_cpu else exact
-    return linear_cross_entropy(x, weight, target, reduction=reduction, **options)
+    loss: Tensor = linear_cross_entropy(x, weight, target, reduction=reduction, **options)
+    return loss
 
 
 def fused(impl: Impl | None) -> Method:
@@ -112,10 +116,10 @@ def fused(impl: Impl | None) -> Method:
 
 
 def _fused(
-    impl: Impl | None, x: Tensor, weight: Tensor, target: Tensor, eps: float, reduction: str
+    impl: Impl | None, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, reduction: Any
 ) -> Tensor:
-    return levelhead.linear_cross_entropy(
-        x, weight, target, label_smoothing=eps, reduction=reduction, impl=impl
+    return linear_cross_entropy(
+        x, weight, target, label_smoothing=smoothing, reduction=reduction, impl=impl
     )
 
 
@@ -138,7 +142,7 @@ def trl_statistics(x: Tensor, weight: Tensor, target: Tensor, *_: Any) -> Tensor
 
 def fused_statistics(x: Tensor, weight: Tensor, target: Tensor, *_: Any) -> Tensor:
     """Levelhead; of what it returns, what the others return too."""
-    stats = levelhead.linear_logit_stats(x, weight, target)
+    stats = linear_logit_stats(x, weight, target)
     return torch.stack([-stats.log_probs, stats.entropy])
 
 

@@ -1,13 +1,24 @@
-"""What a loss and its gradients are held against before they are timed."""
+"""The error budget of this project, and a gate that a loss must pass before it is timed."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .measure import Step
+from .timing import Step
 
 SLICE = 128  # tokens whose float64 logits stand at a time
 _PART = 2**24  # numbers of a gradient that are compared at a time
+
+
+def error_budget(dense_error: float, largest: float, rounding: float) -> float:
+    """Return how large an error may be: twice that of the dense path in the same dtype, plus one rounding.
+
+    Args:
+        dense_error: the largest error of PyTorch's dense path in the same dtype, against float64.
+        largest: the largest absolute value of the truth, which sets the size of a rounding.
+        rounding: of a number of order one, `torch.finfo(dtype).eps` of the result's dtype.
+    """
+    return 2 * dense_error + rounding * largest
 
 
 class Gate:
@@ -23,10 +34,9 @@ class Gate:
 
     def __init__(self, step: Step) -> None:
         self._truth = _truth(step)
-        roundings = torch.finfo(step.x.dtype).eps + 256 * torch.finfo(torch.float32).eps
+        self._rounding = torch.finfo(step.x.dtype).eps + 256 * torch.finfo(torch.float32).eps
         self._largest = [torch.linalg.vector_norm(true, torch.inf).item() for true in self._truth]
-        self._roundings = [roundings * largest for largest in self._largest]
-        self._budgets = [*self._roundings]
+        self._budgets = [error_budget(0.0, largest, self._rounding) for largest in self._largest]
 
     def errors(self, results: list[Tensor]) -> list[float]:
         """The largest error of the loss, and of each gradient that there is: hidden states, weight."""
@@ -44,7 +54,7 @@ class Gate:
                     f"PyTorch's dense path is off by {error:.2g} of {largest:.2g}"
                 )
         for index, error in enumerate(dense):
-            self._budgets[index] = 2 * error + self._roundings[index]
+            self._budgets[index] = error_budget(error, self._largest[index], self._rounding)
 
     def share(self, errors: list[float]) -> float:
         """The largest of some errors, as a share of what it may be; NaN stays NaN."""

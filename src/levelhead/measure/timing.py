@@ -1,4 +1,4 @@
-"""Time and peak memory of a loss and its backward: what `levelhead bench` and the benchmarks both measure."""
+"""Time and peak memory of a loss and its backward, for `levelhead bench` and the benchmarks."""
 
 import statistics
 import time
@@ -8,11 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import memory
+from . import memory
 
-# Hidden states (N, D), the head's weight (V, D), targets (N,) and label smoothing.
-Operands = tuple[Tensor, Tensor, Tensor, float]
-Loss = Callable[[*Operands], Tensor]
+# Of hidden states (N, D), the head's weight (V, D), targets (N,), label smoothing and reduction, "mean" or "none".
+Method = Callable[[Tensor, Tensor, Tensor, float, str], Tensor]
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -29,7 +28,7 @@ class Step:
     """
 
     def __init__(
-        self, loss: Loss, x: Tensor, weight: Tensor, target: Tensor, smoothing: float
+        self, loss: Method, x: Tensor, weight: Tensor, target: Tensor, smoothing: float
     ) -> None:
         self.loss, self.x, self.weight = loss, x, weight
         self.target, self.smoothing = target, smoothing
@@ -37,7 +36,7 @@ class Step:
     def __call__(self) -> Tensor:
         """Runs it, and returns the loss; the gradients of the last run are gone first."""
         self.clear()
-        loss = self.loss(self.x, self.weight, self.target, self.smoothing)
+        loss = self.loss(self.x, self.weight, self.target, self.smoothing, "mean")
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
