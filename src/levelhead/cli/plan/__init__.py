@@ -6,12 +6,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from levelhead.measure.footprint import METHODS, Problem
-
 from ..arguments import DTYPES, add_dtype, add_model, count, positive
-from ..errors import CliError
-from .architecture import read_architecture
-from .cost import Layout, cost
+from .cost import plan
 from .report import show, verdict
 
 _DESCRIPTION = """\
@@ -40,7 +36,7 @@ What it assumes:
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `plan` to the verbs of the command."""
+    """Add `plan` to the verbs of the command."""
     parser = verbs.add_parser(
         "plan",
         help="say what a model's head will cost in memory and time, on how many GPUs",
@@ -87,58 +83,40 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads the config, computes and says.
+    """Compute and print.
 
     Raises:
         CliError: The GPUs cannot be laid out so, the model cannot be read, or a package is missing.
     """
-    if arguments.gpus % arguments.tensor_parallel:
-        raise CliError(
-            f"--gpus {arguments.gpus} cannot be divided into tensor-parallel groups of "
-            f"{arguments.tensor_parallel}; choose --tensor-parallel among the divisors of --gpus"
-        )
-    dtype = DTYPES[arguments.dtype]
-    architecture = read_architecture(
-        arguments.model, dtype, trust_remote_code=arguments.trust_remote_code
-    )
-    if arguments.tensor_parallel > architecture.vocabulary:
-        raise CliError(
-            f"--tensor-parallel {arguments.tensor_parallel} leaves ranks without a row of the head, "
-            f"which has {architecture.vocabulary}"
-        )
-    tensor = arguments.tensor_parallel
-    layout = Layout(arguments.zero, tensor, arguments.gpus // tensor)
-    problem = Problem(
+    found = plan(
+        arguments.model,
         arguments.tokens,
-        architecture.hidden,
-        architecture.vocabulary,
-        dtype,
+        gpus=arguments.gpus,
+        zero=arguments.zero,
+        tensor_parallel=arguments.tensor_parallel,
+        dtype=DTYPES[arguments.dtype],
         frozen=arguments.lora,
-        softcap=architecture.softcap is not None,
-        ranks=tensor,
+        memory=arguments.memory,
+        tflops=arguments.tflops,
+        trust_remote_code=arguments.trust_remote_code,
     )
-    rows = [
-        cost(method, problem, layout, architecture, arguments.memory, arguments.tflops)
-        for method in METHODS
-    ]
-    head = layout.states(problem.weight_numbers, dtype, frozen=problem.frozen)
-    words = list(verdict(rows, problem, arguments.memory, arguments.tflops))
-    if arguments.json:
-        content = {
-            "model": asdict(architecture),
-            "tokens": problem.tokens,
-            "gpus": arguments.gpus,
-            "zero": layout.zero,
-            "tensor_parallel": tensor,
-            "data_parallel": layout.data,
-            "dtype": str(dtype).removeprefix("torch."),
-            "frozen_head": problem.frozen,
-            "memory_gib": arguments.memory,
-            "tflops": arguments.tflops,
-            "verdict": words,
-            "head_at_rest_bytes": head,
-            "methods": [asdict(row) for row in rows],
-        }
-        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    else:
-        show(architecture, problem, layout, head, rows, words)
+    if not arguments.json:
+        show(found)
+        return
+    layout, problem = found.layout, found.problem
+    content = {
+        "model": asdict(found.architecture),
+        "tokens": problem.tokens,
+        "gpus": arguments.gpus,
+        "zero": layout.zero,
+        "tensor_parallel": layout.tensor,
+        "data_parallel": layout.data,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "frozen_head": problem.frozen,
+        "memory_gib": found.memory,
+        "tflops": found.tflops,
+        "verdict": list(verdict(found)),
+        "head_at_rest_bytes": found.head_at_rest,
+        "methods": [asdict(row) for row in found.rows],
+    }
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,19 +1,16 @@
-"""The plan for people: what matters in words, then the tables."""
+"""Print a plan: what matters in sentences, then the tables."""
 
 from collections.abc import Iterator
 
 from levelhead.measure import footprint
-from levelhead.measure.footprint import Problem
 
 from ..errors import missing_extra
-from .architecture import Architecture
-from .cost import GIB, Layout, Row
+from .cost import GIB, Plan
 
 
-def verdict(
-    rows: list[Row], problem: Problem, memory: float | None, tflops: float | None
-) -> Iterator[str]:
-    """What matters, in words."""
+def verdict(plan: Plan) -> Iterator[str]:
+    """Yield what matters, in sentences."""
+    rows, problem, memory, tflops = plan.rows, plan.problem, plan.memory, plan.tflops
     known = {row.method: row for row in rows if row.operations}
     dense = known[footprint.TRANSFORMERS.name]
     ours = known.get(footprint.TRITON.name, known[footprint.CHUNKED.name])
@@ -63,15 +60,8 @@ def _gib(size: int | None) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def show(
-    architecture: Architecture,
-    problem: Problem,
-    layout: Layout,
-    head: dict[str, int],
-    rows: list[Row],
-    words: list[str],
-) -> None:
-    """Prints the verdict and the tables.
+def show(plan: Plan) -> None:
+    """Print the verdict and the tables.
 
     Raises:
         CliError: A package is missing.
@@ -82,8 +72,9 @@ def show(
         from rich.table import Table
     except ModuleNotFoundError as error:
         raise missing_extra(error, "cli", {"rich"}) from error
+    architecture, problem, layout, rows = plan.architecture, plan.problem, plan.layout, plan.rows
     console = Console()
-    console.print(escape("\n".join(words)), highlight=False)
+    console.print(escape("\n".join(verdict(plan))), highlight=False)
     facts = Table(show_header=False)
     cap = "" if architecture.softcap is None else f", softcap {architecture.softcap:g}"
     tied = ", tied to the input embeddings" if architecture.tied else ""
@@ -93,7 +84,7 @@ def show(
     facts.add_row("tokens of a GPU", str(problem.tokens))
     sharing = f"data-parallel {layout.data}, tensor-parallel {layout.tensor}, ZeRO {layout.zero}"
     facts.add_row("layout", sharing)
-    at_rest = ", ".join(f"{name} {_gib(size)}" for name, size in head.items() if size)
+    at_rest = ", ".join(f"{name} {_gib(size)}" for name, size in plan.head_at_rest.items() if size)
     facts.add_row(
         "the head at rest", at_rest + (" (the embeddings' own)" if architecture.tied else "")
     )
