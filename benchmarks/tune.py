@@ -15,7 +15,6 @@ from functools import cached_property, lru_cache, partial
 from itertools import product
 from operator import itemgetter
 from statistics import median
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from levelhead.measure.methods import dense, fused
 from levelhead.ops import chunked, reference
 from levelhead.ops.loss import token_loss_backward
+from levelhead.ops.sizes import changed
 from levelhead.ops.statistics import LogitStats
 from levelhead.ops.triton import launch
 
@@ -66,10 +66,10 @@ _WIDE = [
 ]
 _ROWS = [(block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16)]
 KERNELS = ("state", "gradient", "softmax")
-CONSTANTS = [  # of levelhead.ops.triton: module, name, values, and the mode of a step that it matters in
-    ("softmax", "_LOGITS_TOKENS", (256, 512, 1024, 2048), "forward+backward"),
-    ("softmax", "_GRADIENT_TOKENS", (2048, 4096, 8192), "forward+backward"),
-    ("backward", "_BUDGET_SHARE", (1 / 32, 1 / 16, 1 / 8), "reduction none"),
+SIZES = [  # of levelhead.ops.sizes: name, values, and the mode of a step that it matters in
+    ("logits_tokens", (256, 512, 1024, 2048), "forward+backward"),
+    ("gradient_tokens", (2048, 4096, 8192), "forward+backward"),
+    ("gradient_share", (1 / 32, 1 / 16, 1 / 8), "reduction none"),
 ]
 ROUNDS = 5
 _TOO_SLOW = 1.2  # times the fastest in its first run: not worth the rounds
@@ -217,11 +217,9 @@ def text(rows: list[Row]) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def constant(stage: Stage, case: Case, module: str, name: str, value: float) -> Iterator[Row]:
-    """Yield the time and memory of a step with another value of a constant of the host code."""
-    from levelhead.ops import triton
-
-    with mock.patch.object(getattr(triton, module), name, value):
+def size(stage: Stage, case: Case, name: str, value: float) -> Iterator[Row]:
+    """Yield the time and memory of a step with another of the sizes."""
+    with changed(**{name: value}):
         step = Step(stage.fit(case), fused("triton"))
         step()  # compiles
         (extra,) = stage.clock.extra_bytes([step])
@@ -247,7 +245,7 @@ def _name(row: Row) -> str:
 
 
 def tasks(stage: Stage) -> list[Task]:
-    """Return a task a candidate, one a row where the best take turns, and one a value of a constant; bfloat16 first."""
+    """Return a task a candidate, one a row where the best take turns, and one a size; bfloat16 first."""
     shapes = [SHAPES[shape] for shape in stage.some(TARGET_SHAPES)]
     narrow = [Case(TOKENS, d, v, dtype="bfloat16", device="cuda") for v, d in shapes]
     found: list[Task] = []
@@ -263,10 +261,10 @@ def tasks(stage: Stage) -> list[Task]:
             name = f"{_name(row)}, {' '.join(map(str, options.values()))}"
             some.append((name, partial(first, row, cases, options, stage.clock)))
         some.append((f"{_name(row)}: in turns", partial(pin, stage, row, cases)))
-    for module, name, values, mode in CONSTANTS:
+    for name, values, mode in SIZES:
         for value, case in product(stage.some(values), narrow):
-            work = partial(constant, stage, replace(case, mode=mode), module, name, value)
-            found.append((f"{module}.{name} = {value:g}, V = {case.v}", work))
+            work = partial(size, stage, replace(case, mode=mode), name, value)
+            found.append((f"{name} = {value:g}, V = {case.v}", work))
     return [*found, *wide]
 
 

@@ -16,7 +16,7 @@ from benchmarks.step import Case
 from torch import Tensor
 
 from levelhead.ops import reference
-from levelhead.ops import triton as kernels
+from levelhead.ops.sizes import sizes
 from levelhead.ops.triton import launch
 
 ROOT = Path(__file__).parents[2]
@@ -90,9 +90,9 @@ def test_a_wrong_candidate_is_seen(kernel: str, factor: float) -> None:
     assert (wrong is None) == (factor == 1)
 
 
-def test_the_constants_that_it_varies_are_there() -> None:
-    for module, name, values, mode in tune.CONSTANTS:
-        assert getattr(getattr(kernels, module), name) in values
+def test_the_sizes_that_it_varies_are_there() -> None:
+    for name, values, mode in tune.SIZES:
+        assert getattr(sizes(), name) in values
         assert mode in gpu_bench.MODES
 
 

@@ -163,15 +163,14 @@ def test_label_smoother(problem):
     assert predicted(problem, footprint.label_smoother) in about(want, problem, rel=0.02)
 
 
-def test_levelhead_triton(monkeypatch):
+def test_levelhead_triton(monkeypatch, change_sizes):
     """Its host code runs, and its kernels write nothing: what they fill is allocated all the same."""
     softmax = pytest.importorskip("levelhead.ops.triton.softmax")
     monkeypatch.setattr(softmax, "launch", lambda *_, **__: None)
     monkeypatch.setattr(softmax, "configuration", lambda *_: {})
     for module in (softmax, levelhead.ops.sums):  # on a CPU products widen their operands
         monkeypatch.setattr(module, "addmm_", lambda out, *_, **__: out)
-    monkeypatch.setattr(softmax, "_LOGITS_TOKENS", 64)  # several chunks of small problems
-    monkeypatch.setattr(softmax, "_GRADIENT_TOKENS", 256)
+    change_sizes(logits_tokens=64, gradient_tokens=256)  # several chunks of small problems
 
     def loss(x, weight, target):
         return levelhead.linear_cross_entropy(x, weight, target, impl="chunked")

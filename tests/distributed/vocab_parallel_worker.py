@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import levelhead
 from levelhead.ops import chunked
+from levelhead.ops.sizes import changed
 from levelhead.ops.vocab_parallel import vocab_parallel_logit_stats
 
 V = 67  # on two ranks 34 + 33, on four 17 + 17 + 17 + 16
@@ -357,9 +358,7 @@ def allocations() -> Iterator[Allocations]:
 def memory(*, frozen: bool, gathered: bool = False) -> dict[str, Any]:
     """The sizes in bytes of what forward and backward allocate; ``gathered``: how it must not be."""
     n, d, v = 320, 24, 4000
-    budget = chunked._BUDGET_SHARE, chunked._BUDGET_FLOOR
-    chunked._BUDGET_SHARE, chunked._BUDGET_FLOOR = 0, 2**18
-    try:
+    with changed(buffer_share=0, buffer_bytes=2**18):
         part = sharded(problem(n, d, v, bias=False, label_smoothing=0.1))
         part.linear_weight.requires_grad_(not frozen)
         weight = part.linear_weight.to_local().untyped_storage().data_ptr()
@@ -368,8 +367,6 @@ def memory(*, frozen: bool, gathered: bool = False) -> dict[str, Any]:
             replace(part, linear_weight=head).fused().backward()
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found.made}
         sizes.pop(weight, None)
-    finally:
-        chunked._BUDGET_SHARE, chunked._BUDGET_FLOOR = budget
     rows = len(part.linear_weight.to_local())
     return {
         "largest": max(sizes.values()),

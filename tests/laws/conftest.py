@@ -3,26 +3,23 @@
 from collections.abc import Iterator
 
 import pytest
-from tests.problems import INTERPRETED
 
-from levelhead.ops import chunked, sums
+from levelhead.ops.sizes import changed
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_BUDGET_SHARE", 0)
-        patch.setattr(chunked, "_BUDGET_FLOOR", 2 * 3 * 7 * 8)
-        patch.setattr(chunked, "_TILE_TOKENS", 3)
-        patch.setattr(chunked, "_TILE_BYTES", 5 * 6 * 4)
-        patch.setattr(sums, "_ROWS", 3)
-        if INTERPRETED:
-            from levelhead.ops.triton import backward, forward, softmax
-
-            patch.setattr(forward, "_SLAB_BYTES", 7 * 6 * 8)
-            patch.setattr(backward, "_BUDGET_SHARE", 0)
-            patch.setattr(backward, "_SLAB_ENTRIES", 7)
-            patch.setattr(backward, "_ALIGNMENT", 1)
-            patch.setattr(softmax, "_LOGITS_TOKENS", 2)
-            patch.setattr(softmax, "_GRADIENT_TOKENS", 4)
+def small_sizes() -> Iterator[None]:
+    with changed(
+        buffer_share=0,
+        buffer_bytes=2 * 3 * 7 * 8,
+        tile_tokens=3,
+        cast_bytes=5 * 6 * 4,
+        sum_rows=3,
+        slab_bytes=7 * 6 * 8,
+        gradient_share=0,
+        gradient_entries=7,
+        entry_alignment=1,
+        logits_tokens=2,
+        gradient_tokens=4,
+    ):
         yield

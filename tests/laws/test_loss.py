@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.problems import INTERPRETED, Problem, assert_equal, gradients, problems
 
-from levelhead.ops import chunked
+from levelhead.ops.sizes import changed
 
 
 @given(problems())
@@ -93,9 +93,7 @@ def test_the_size_of_chunks_and_tiles_changes_nothing(
 ) -> None:
     expected = problem.fused()
     expected_gradients = gradients(expected, problem)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_TILE_TOKENS", tokens)
-        patch.setattr(chunked, "_BUDGET_FLOOR", budget)
+    with changed(tile_tokens=tokens, buffer_bytes=budget):
         actual = problem.fused()
         assert_equal(actual, expected)
         assert_equal(gradients(actual, problem), expected_gradients)

@@ -1,6 +1,7 @@
 """The traffic and FLOP model says what the host code launches: launches are recorded, and not run."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from levelhead.measure import roofline
 from levelhead.measure.roofline import A100, H100, H200, Steps, Work
 from levelhead.ops import library, rows, sums
+from levelhead.ops.sizes import Sizes
 from levelhead.ops.statistics import StatsGradient, statistics_dtype
 from levelhead.ops.triton import backward, forward, softmax
 
@@ -105,21 +107,23 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def _cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _cut_small(monkeypatch: pytest.MonkeyPatch, change_sizes: Callable[..., Sizes]) -> None:
     """Several chunks, parts, slabs and shares in small problems; ignored rows stay, as on an accelerator."""
     monkeypatch.setattr(rows, "_can_leave_out", lambda _: False)
     monkeypatch.setattr(forward, "processors", lambda _: PROCESSORS)
-    monkeypatch.setattr(forward, "_SLAB_BYTES", 100 * D * NARROW.itemsize)
-    monkeypatch.setattr(backward, "_SLAB_ENTRIES", 100)
-    monkeypatch.setattr(backward, "_ALIGNMENT", 8)
-    monkeypatch.setattr(softmax, "_LOGITS_TOKENS", 8)
-    monkeypatch.setattr(softmax, "_GRADIENT_TOKENS", 20)
-    monkeypatch.setattr(sums, "_ROWS", 64)
+    change_sizes(
+        slab_bytes=100 * D * NARROW.itemsize,
+        gradient_entries=100,
+        entry_alignment=8,
+        logits_tokens=8,
+        gradient_tokens=20,
+        sum_rows=64,
+    )
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    _cut_small(monkeypatch)
+def recorder(monkeypatch: pytest.MonkeyPatch, change_sizes: Callable[..., Sizes]) -> Recorder:
+    _cut_small(monkeypatch, change_sizes)
     recorder = Recorder()
     for module in (forward, backward, softmax):
         monkeypatch.setattr(module, "launch", recorder.launch)
@@ -184,9 +188,9 @@ def test_the_model_of_the_loss_is_what_is_launched(
 
 
 def test_the_problems_have_one_and_several_parts_chunks_and_slabs(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, change_sizes: Callable[..., Sizes]
 ) -> None:
-    _cut_small(monkeypatch)
+    _cut_small(monkeypatch, change_sizes)
     losses = [roofline.cross_entropy(n, v, D, NARROW) for n, v in SHAPES]
     backwards = [roofline.statistics_backward(n, v, D, NARROW) for n, v in SHAPES]
     statistics = [roofline.statistics(n, v, D, NARROW, SMALL, weight_dtype=WIDE) for n, v in SHAPES]

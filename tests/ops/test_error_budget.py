@@ -1,5 +1,6 @@
 """Budgets, not tolerances: an error against float64 of at most twice that of the dense path, plus one rounding."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,15 @@ from torch import Tensor
 import levelhead
 from levelhead.measure.gate import error_budget
 from levelhead.ops import chunked, tile
+from levelhead.ops.sizes import Sizes
 
 N, D, V = 67, 96, 1003
 
 
 @pytest.fixture(autouse=True)
-def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def several_tiles(change_sizes: Callable[..., Sizes]) -> None:
     """A narrow head is cut in tiles to be cast, eleven here."""
-    monkeypatch.setattr(chunked, "_TILE_BYTES", 4 * D * 100)
+    change_sizes(cast_bytes=4 * D * 100)
 
 
 RUNS = [

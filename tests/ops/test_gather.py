@@ -1,11 +1,13 @@
 """The gathered products as operators of torch.library; what they compute is tested with the distillation loss."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.library import opcheck
 
-from levelhead.ops import chunked
 from levelhead.ops.gather import linear_gather
+from levelhead.ops.sizes import Sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,10 +22,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("few_at_a_time", [False, True])
-def test_gradcheck(few_at_a_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck(few_at_a_time: bool, change_sizes: Callable[..., Sizes]) -> None:
     if few_at_a_time:
-        monkeypatch.setattr(chunked, "_BUDGET_SHARE", 0)
-        monkeypatch.setattr(chunked, "_BUDGET_FLOOR", 2 * 2 * 3 * 4 * 8)
+        change_sizes(buffer_share=0, buffer_bytes=2 * 2 * 3 * 4 * 8)
     x, weight, bias = (
         torch.randn(*shape).double().requires_grad_() for shape in ((7, 4), (13, 4), (13,))
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import levelhead
 from levelhead.ops import chunked
+from levelhead.ops.sizes import Sizes
 from levelhead.ops.statistics import StatsGradient
 
 N, D, V = 640, 16, 5000
@@ -52,10 +54,8 @@ def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def budget(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(chunked, "_BUDGET_SHARE", 0)
-    monkeypatch.setattr(chunked, "_BUDGET_FLOOR", 2**20)
-    return 2**20
+def budget(change_sizes: Callable[..., Sizes]) -> int:
+    return change_sizes(buffer_share=0, buffer_bytes=2**20).buffer_bytes
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -96,9 +96,9 @@ def test_statistics_and_their_backward(dtype: torch.dtype, budget: int) -> None:
     ("shape", "megabytes"), [((32000, 512), 31), (SHAPES["Qwen2.5 7B"], 259), ((1, 1), 31)]
 )
 def test_the_budget_follows_from_the_size_of_the_weight(
-    shape: tuple[int, int], megabytes: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], megabytes: int, change_sizes: Callable[..., Sizes]
 ) -> None:
-    monkeypatch.undo()
+    change_sizes(**asdict(Sizes()))  # the defaults
     weight = torch.empty(shape, dtype=torch.float32, device="meta")
     assert chunked.buffer_budget(weight) // 2**20 == megabytes
 
@@ -108,9 +108,9 @@ def test_the_budget_follows_from_the_size_of_the_weight(
     [(0, 1), (1, 1), (255, 255), (256, 128), (300, 150), (512, 128), (4096, 456)],
 )
 def test_a_chunk_is_a_quarter_of_the_tokens_unless_that_is_little_or_the_budget_is_less(
-    count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    count: int, chunk: int, change_sizes: Callable[..., Sizes]
 ) -> None:
-    monkeypatch.undo()
+    change_sizes(**asdict(Sizes()))
     weight = torch.empty(16384, 128, device="meta")
     assert chunked.chunk_tokens(count, weight, torch.float32) == chunk
     assert chunked.chunk_tokens(count, weight[:256], torch.float32) == max(1, count)

@@ -1,5 +1,6 @@
 """The k largest logits without the logits: against sorted dense ones, ties, bounds and refusals."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,15 +10,13 @@ from hypothesis import strategies as st
 from tests.problems import Problem, assert_equal, problems
 from torch import Tensor
 
-from levelhead.ops import TopK, chunked, linear_topk, merge_topk
+from levelhead.ops import TopK, linear_topk, merge_topk
+from levelhead.ops.sizes import Sizes
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_BUDGET_SHARE", 0)
-    monkeypatch.setattr(chunked, "_BUDGET_FLOOR", 3 * 7 * 8)
-    monkeypatch.setattr(chunked, "_TILE_TOKENS", 3)
-    monkeypatch.setattr(chunked, "_TILE_BYTES", 5 * 6 * 4)
+def small_tiles(change_sizes: Callable[..., Sizes]) -> None:
+    change_sizes(buffer_share=0, buffer_bytes=3 * 7 * 8, tile_tokens=3, cast_bytes=5 * 6 * 4)
 
 
 def dense(z: Tensor, k: int) -> TopK:

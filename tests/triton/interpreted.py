@@ -5,7 +5,7 @@ given stands in a sea of NaN. A read or a write past an edge, or of what was nev
 canary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import levelhead
 from levelhead.ops import reference
 from levelhead.ops import triton as kernels
+from levelhead.ops.sizes import Sizes
 from levelhead.ops.statistics import StatsGradient
 from levelhead.ops.triton import backward, forward, launch, softmax
 
@@ -32,13 +33,11 @@ _POISON = dict.fromkeys(_FLOATS, torch.nan) | {torch.int32: -_CANARY, torch.int6
 
 
 @pytest.fixture(autouse=True)
-def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_buffers(change_sizes: Callable[..., Sizes]) -> None:
     """Several chunks and slabs in every problem, none of them a whole number of tiles."""
-    monkeypatch.setattr(backward, "_BUDGET_SHARE", 0)
-    monkeypatch.setattr(backward, "_SLAB_ENTRIES", 13)
-    monkeypatch.setattr(backward, "_ALIGNMENT", 1)
-    monkeypatch.setattr(softmax, "_LOGITS_TOKENS", 3)
-    monkeypatch.setattr(softmax, "_GRADIENT_TOKENS", 7)
+    change_sizes(
+        gradient_share=0, gradient_entries=13, entry_alignment=1, logits_tokens=3, gradient_tokens=7
+    )
 
 
 class _Canaries(TorchDispatchMode):
@@ -169,9 +168,9 @@ def test_loss_and_gradients_within_budget(
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_narrows_a_wide_weight_slab_by_slab(
-    reduction: str, monkeypatch: pytest.MonkeyPatch
+    reduction: str, change_sizes: Callable[..., Sizes]
 ) -> None:
-    monkeypatch.setattr(forward, "_SLAB_BYTES", 13 * 24 * 2)
+    change_sizes(slab_bytes=13 * 24 * 2)
     x, weight, bias = _tensors(19, 24, 83, True, torch.float32)
     problem = Problem(x, weight * 0.6, torch.arange(19), bias, reduction=reduction, impl="triton")
     problem = replace(problem, label_smoothing=0.1).to(torch.float32)
@@ -235,7 +234,7 @@ def _assert_within_budget(problem: Problem, actual: Tensor, yardstick: Tensor) -
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_vocabulary_of_50257_and_one_token(
-    reduction: str, monkeypatch: pytest.MonkeyPatch
+    reduction: str, monkeypatch: pytest.MonkeyPatch, change_sizes: Callable[..., Sizes]
 ) -> None:
     # There is one token: the interpreter would sum three rows of padding, entry by entry.
     product = {"BLOCK_N": 1, "BLOCK_V": 4096, "BLOCK_D": 8}
@@ -245,7 +244,7 @@ def test_a_vocabulary_of_50257_and_one_token(
         monkeypatch.setattr(
             module, "configuration", lambda name, x: chosen(name, x) | wide.get(name, {})
         )
-    monkeypatch.setattr(backward, "_SLAB_ENTRIES", 20000)
+    change_sizes(gradient_entries=20000)
     x, weight, _ = _tensors(1, 5, 50257, False, torch.float64)
     target = torch.tensor([50256])
     problem = Problem(x, weight, target, label_smoothing=0.1, reduction=reduction, impl="triton")

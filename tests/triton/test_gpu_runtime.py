@@ -21,6 +21,7 @@ from torch import Tensor
 
 import levelhead
 from levelhead.ops import sums
+from levelhead.ops.sizes import sizes
 
 STEPS = ["mean", "none", "statistics"]
 
@@ -126,7 +127,7 @@ def test_the_host_never_waits(dtype: torch.dtype, kind: str, impl: str, device: 
 
 def _bound(problem: Problem, kind: str) -> int:
     """Return what a step may need beyond inputs and gradients, in bytes, as the modules' docstrings have it."""
-    from levelhead.ops.triton import backward, softmax
+    from levelhead.ops.triton import backward
 
     (tokens, hidden), vocabulary = problem.input.shape, len(problem.linear_weight)
     item = problem.input.itemsize
@@ -134,16 +135,16 @@ def _bound(problem: Problem, kind: str) -> int:
     always = tokens * hidden * item + 256 * tokens
     if kind == "none":
         entries = backward._slab_entries(problem.input, vocabulary)
-        slab = next(sums.slices(vocabulary, entries, backward._ALIGNMENT)).stop
-        wide = 4 * hidden * (tokens + min(slab, sums._ROWS))
+        slab = next(sums.slices(vocabulary, entries, sizes().entry_alignment)).stop
+        wide = 4 * hidden * (tokens + min(slab, sizes().sum_rows))
         return always + tokens * slab * item + wide
-    row = -(-vocabulary // softmax._ALIGNMENT) * softmax._ALIGNMENT
-    logits = 4 * row * softmax._LOGITS_TOKENS
+    row = -(-vocabulary // sizes().row_alignment) * sizes().row_alignment
+    logits = 4 * row * sizes().logits_tokens
     if not problem.linear_weight.requires_grad:
-        wide = 4 * hidden * softmax._LOGITS_TOKENS
-        return always + logits + item * row * softmax._LOGITS_TOKENS + wide
-    wide = 4 * hidden * (vocabulary + softmax._GRADIENT_TOKENS)
-    return always + logits + item * row * softmax._GRADIENT_TOKENS + wide
+        wide = 4 * hidden * sizes().logits_tokens
+        return always + logits + item * row * sizes().logits_tokens + wide
+    wide = 4 * hidden * (vocabulary + sizes().gradient_tokens)
+    return always + logits + item * row * sizes().gradient_tokens + wide
 
 
 @pytest.mark.gpu

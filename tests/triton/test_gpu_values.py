@@ -18,6 +18,8 @@ from tests.triton.problem import (
 )
 from torch import Tensor
 
+from levelhead.ops.sizes import Sizes
+
 pytestmark = pytest.mark.parametrize(("impl", "device"), RUNS)
 PLAIN = {"linear_bias": None, "softcap": None, "logit_scale": 1.0, "token_weight": None}
 
@@ -87,44 +89,36 @@ def test_what_is_frozen_needs_no_gradient(
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
 def test_several_chunks_and_slabs(
     dtype: torch.dtype, frozen: bool, reduction: str, impl: str, device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    change_sizes: Callable[..., Sizes],
 ) -> None:  # fmt: skip
     problem = make(shape("even", device), dtype, device, reduction=reduction, impl=impl)
     problem.linear_weight.requires_grad_(not frozen)
-    _make_small(monkeypatch, impl, len(problem.linear_weight))
+    _make_small(change_sizes, len(problem.linear_weight))
     assert_loss_within_budget(problem)
 
 
 def test_statistics_under_autocast_of_a_weight_narrowed_slab_by_slab(
-    impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+    impl: str, device: str, change_sizes: Callable[..., Sizes]
 ) -> None:
     problem = make(shape("uneven", device), torch.float32, device, impl=impl)
-    if impl == "triton":
-        from levelhead.ops.triton import forward
-
-        monkeypatch.setattr(forward, "_SLAB_BYTES", problem.linear_weight.nbytes // 7)
+    change_sizes(slab_bytes=problem.linear_weight.nbytes // 7)
     picks = problem.target[:, None].expand(-1, 2)
     with torch.autocast(device, dtype=NARROW):
         assert_statistics_within_budget(problem, picks)
 
 
-def _make_small(monkeypatch: pytest.MonkeyPatch, impl: str, vocabulary: int) -> None:
+def _make_small(change_sizes: Callable[..., Sizes], vocabulary: int) -> None:
     """Let four chunks of tokens, and several slabs of the vocabulary, make up what one does otherwise."""
-    from levelhead.ops import chunked, sums
-
-    monkeypatch.setattr(sums, "_ROWS", vocabulary // 5)
-    monkeypatch.setattr(chunked, "_BUDGET_SHARE", 0)
-    monkeypatch.setattr(chunked, "_BUDGET_FLOOR", 4 * vocabulary * 8)
-    if impl == "triton":
-        from levelhead.ops.triton import backward, softmax
-
-        monkeypatch.setattr(backward, "_BUDGET_SHARE", 0)
-        monkeypatch.setattr(backward, "_SLAB_ENTRIES", vocabulary // 3)
-        monkeypatch.setattr(
-            backward, "_ALIGNMENT", 8
-        )  # 16 bytes, or one slab holds a small vocabulary
-        monkeypatch.setattr(softmax, "_LOGITS_TOKENS", 3)
-        monkeypatch.setattr(softmax, "_GRADIENT_TOKENS", 5)
+    change_sizes(
+        sum_rows=vocabulary // 5,
+        buffer_share=0,
+        buffer_bytes=4 * vocabulary * 8,
+        gradient_share=0,
+        gradient_entries=vocabulary // 3,
+        entry_alignment=8,  # 16 bytes, or one slab holds a small vocabulary
+        logits_tokens=3,
+        gradient_tokens=5,
+    )
 
 
 def _transposed(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from levelhead.ops import chunked, sums
+from levelhead.ops import chunked
+from levelhead.ops.sizes import sizes
 from levelhead.ops.statistics import statistics_dtype
 
 Moments = dict[str, dict[str, int]]  # moment -> tensor -> bytes
@@ -224,20 +225,18 @@ def levelhead_triton(problem: Problem) -> Moments:
     4 * 512 V + b * 2048 V; of a frozen head (4 + b) * 512 V. With more than one chunk of 2048 tokens the gradient of a
     narrow weight accumulates in float32, 4 VD. Needs triton installed, for the sizes.
     """
-    from levelhead.ops.triton import backward, softmax
-
     b, wide, d = problem.dtype.itemsize, problem.wide_bytes, problem.hidden
     if problem.ranks > 1:
-        slab = int(backward._BUDGET_SHARE * problem.rows * d) // problem.tokens
-        slab = max(backward._SLAB_ENTRIES, slab)
+        slab = int(sizes().gradient_share * problem.rows * d) // problem.tokens
+        slab = max(sizes().gradient_entries, slab)
         whole = -(-problem.rows // -(-problem.rows // slab))
-        slab = min(-(-whole // backward._ALIGNMENT) * backward._ALIGNMENT, problem.rows)
+        slab = min(-(-whole // sizes().entry_alignment) * sizes().entry_alignment, problem.rows)
         return _parallel(problem, {"gradient of a slab of logits": b * problem.tokens * slab})
-    few = softmax._LOGITS_TOKENS
-    many = softmax._GRADIENT_TOKENS if problem.narrow and not problem.frozen else few
+    few = sizes().logits_tokens
+    many = sizes().gradient_tokens if problem.narrow and not problem.frozen else few
     chunks = -(-problem.tokens // many)
     tokens = -(-problem.tokens // chunks)
-    aligned = -(-problem.vocabulary // softmax._ALIGNMENT) * softmax._ALIGNMENT
+    aligned = -(-problem.vocabulary // sizes().row_alignment) * sizes().row_alignment
     buffers = {"gradient of a chunk's logits": b * tokens * aligned}
     if problem.narrow:
         buffers["logits of 512 tokens, float32"] = wide * min(few, problem.tokens) * aligned
@@ -247,7 +246,7 @@ def levelhead_triton(problem: Problem) -> Moments:
     # Products are narrow at once, but for the sum over chunks; each is rounded from some rows in float32.
     gradients = problem.gradients()
     rows = tokens if chunks > 1 or problem.frozen else max(tokens, problem.vocabulary)
-    rounded = {"rows of a gradient, float32": wide * d * min(sums._ROWS, rows)}
+    rounded = {"rows of a gradient, float32": wide * d * min(sizes().sum_rows, rows)}
     if problem.frozen or chunks == 1:
         return {"a chunk": kept | gradients | rounded}
     total = {"gradient of the weight, float32": wide * problem.weight_numbers}
@@ -261,7 +260,7 @@ def levelhead_triton(problem: Problem) -> Moments:
 def _chunked_buffers(problem: Problem, tokens: int) -> dict[str, int]:
     """Two buffers of tiles for the rows of this rank, and the float32 sum of a narrow weight's tile."""
     wide, budget = problem.wide_bytes, chunked.buffer_budget(_weight(problem))
-    tokens = min(chunked._TILE_TOKENS, tokens)
+    tokens = min(sizes().tile_tokens, tokens)
     entries = min(max(budget // (2 * wide * tokens), 1), problem.rows)
     buffers = {"buffers of logits": 2 * wide * tokens * entries}
     if problem.narrow and not problem.frozen:
@@ -311,7 +310,7 @@ def _cpu_tile(problem: Problem) -> tuple[int, int]:
     if problem.device != "cpu" or not problem.narrow:
         return 0, 0
     row = 4 * problem.hidden
-    most = min(max(1, chunked._TILE_BYTES // row), problem.rows)
+    most = min(max(1, sizes().cast_bytes // row), problem.rows)
     tiles = -(-problem.rows // most)
     entries = -(-problem.rows // tiles)
     return row * entries, row * (problem.rows - (tiles - 1) * entries)

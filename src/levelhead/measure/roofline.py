@@ -22,8 +22,9 @@ import torch
 
 from ..ops import sums
 from ..ops.library import _stored_dtypes
+from ..ops.sizes import sizes
 from ..ops.statistics import statistics_dtype
-from ..ops.triton import backward, forward, launch, softmax
+from ..ops.triton import backward, forward, launch
 
 _ID = torch.int64.itemsize
 
@@ -127,7 +128,7 @@ def statistics_backward(
     steps: defaultdict[str, Work] = defaultdict(Work)
     steps["mask"] = _copy(n * d, dtype, dtype)
     slab = backward._slab_entries(_matrix(n, d, dtype), v)
-    for number, entries in enumerate(_lengths(sums.slices(v, slab, backward._ALIGNMENT))):
+    for number, entries in enumerate(_lengths(sums.slices(v, slab, sizes().entry_alignment))):
         if weight_dtype != dtype:
             steps["narrow the weight"] += _copy(entries * d, weight_dtype, dtype)
         read, written = (n + entries) * d * dtype.itemsize, n * entries * dtype.itemsize
@@ -151,7 +152,7 @@ def cross_entropy(
 ) -> Steps:
     """Return the steps of ``linear_cross_entropy``, without the weight's gradient if it is frozen."""
     wide, weight_dtype = statistics_dtype(dtype), weight_dtype or dtype
-    large = softmax._LOGITS_TOKENS if dtype == wide or frozen else softmax._GRADIENT_TOKENS
+    large = sizes().logits_tokens if dtype == wide or frozen else sizes().gradient_tokens
     chunks = _lengths(sums.slices(n, large))
     dx, dw = _stored(dtype), _stored(weight_dtype)
     total = wide if len(chunks) > 1 else dw  # what the weight's gradient is summed in
@@ -161,7 +162,7 @@ def cross_entropy(
     if weight_dtype != dtype:
         steps["narrow the weight"] = _copy(v * d, weight_dtype, dtype)
     for number, tokens in enumerate(chunks):
-        for part in _lengths(sums.slices(tokens, softmax._LOGITS_TOKENS)):
+        for part in _lengths(sums.slices(tokens, sizes().logits_tokens)):
             steps["logits"] += _product(part, d, v, dtype, wide)
             read, written = v * wide.itemsize + per_token, v * dtype.itemsize + 4 * wide.itemsize
             steps["softmax"] += Work(0, part * read, part * written, 1)
@@ -197,7 +198,7 @@ def _multiply(
 ) -> None:
     """Add to the steps what ``sums.multiply_`` does: a narrow result is made of wide rows, some at a time."""
     wide = statistics_dtype(result)
-    for rows in [m] if result == wide else _lengths(sums.slices(m, sums._ROWS)):
+    for rows in [m] if result == wide else _lengths(sums.slices(m, sizes().sum_rows)):
         steps[name] += _product(rows, k, n, operands, wide, adds=adds)
         if result != wide:
             steps["round"] += _copy(rows * n, wide, result)
@@ -220,7 +221,7 @@ def _shares(n: int, slabs: list[slice], dtype: torch.dtype, device: Device) -> i
     """Return how many shares the vocabulary has, by the rule of ``forward._share_entries``."""
     name = str(dtype).removeprefix("torch.")
     block = launch._configurations()["state", device.architecture, name]
-    entries = forward._share_entries(n, slabs, block, forward._WAVES * device.processors)
+    entries = forward._share_entries(n, slabs, block, sizes().waves * device.processors)
     return sum(launch.cdiv(slab, entries) for slab in _lengths(slabs))
 
 

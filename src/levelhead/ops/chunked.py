@@ -26,6 +26,7 @@ from torch import Tensor
 from . import tile
 from .loss import picks, token_loss, token_loss_backward
 from .rows import Rows
+from .sizes import sizes
 from .statistics import (
     GradientDtypes,
     Gradients,
@@ -36,18 +37,6 @@ from .statistics import (
     statistics_dtype,
 )
 from .sums import at, finish, float16_scale, slices, zeros
-
-# The memory budget for all buffers of logits: 1/8 of the weight, so that they never matter beside the weight and its
-# gradient. For a small head 31.5 MiB, 258 tokens at V = 32000, so that a call stays within 32 MiB. Less would make many
-# tokens slower, since every chunk reads the whole weight and its gradient.
-_BUDGET_SHARE = 1 / 8
-_BUDGET_FLOOR = 63 * 2**19  # bytes
-# Four chunks take no longer than one, if each is worth reading the weight and its gradient for, and a few calls more.
-_CHUNKS = 4
-_CHUNK_TOKENS = 128
-_CHUNK_BYTES = 2**22
-_TILE_TOKENS = 512
-_TILE_BYTES = 2**23  # of the weight that a CPU casts at a time: it stays in cache
 
 
 def linear_logit_stats(
@@ -167,14 +156,17 @@ def linear_cross_entropy(
 
 def buffer_budget(linear_weight: Tensor) -> int:
     """Return what all buffers of logits may take together, in bytes."""
-    return max(_BUDGET_FLOOR, int(_BUDGET_SHARE * linear_weight.numel() * linear_weight.itemsize))
+    return max(
+        sizes().buffer_bytes,
+        int(sizes().buffer_share * linear_weight.numel() * linear_weight.itemsize),
+    )
 
 
 def _tile_shape(
     input: Tensor, linear_weight: Tensor, dtype: torch.dtype, *, buffers: int
 ) -> tuple[int, int]:
     """Return how many tokens and entries a tile has, so that all buffers of that shape fit the budget."""
-    tokens = min(_TILE_TOKENS, max(len(input), 1))
+    tokens = min(sizes().tile_tokens, max(len(input), 1))
     entries = buffer_budget(linear_weight) // (buffers * dtype.itemsize * tokens)
     return tokens, min(max(entries, 1), len(linear_weight))
 
@@ -183,7 +175,8 @@ def chunk_tokens(count: int, linear_weight: Tensor, dtype: torch.dtype, *, buffe
     """Return how many of ``count`` tokens a chunk has, so that all buffers for the whole vocabulary fit the budget."""
     token_bytes = buffers * dtype.itemsize * len(linear_weight)
     needed = -(-count // max(1, buffer_budget(linear_weight) // token_bytes))
-    worthwhile = min(_CHUNKS, count // _CHUNK_TOKENS, count * token_bytes // _CHUNK_BYTES)
+    least, most = sizes(), sizes().chunks
+    worthwhile = min(most, count // least.chunk_tokens, count * token_bytes // least.chunk_bytes)
     return max(1, -(-count // max(1, needed, worthwhile)))
 
 
@@ -199,7 +192,7 @@ def _head_tiles(
     operand = _operand_dtype(input)
     if linear_weight.dtype != operand:
         row_bytes = operand.itemsize * max(linear_weight.shape[1], 1)
-        entries = min(entries, max(1, _TILE_BYTES // row_bytes))
+        entries = min(entries, max(1, sizes().cast_bytes // row_bytes))
     for columns in slices(len(linear_weight), entries):
         yield columns, linear_weight[columns].to(operand), at(linear_bias, columns)
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from .rows import Rows
+from .sizes import sizes
 from .statistics import GradientDtypes, Gradients, statistics_dtype
 from .tile import addmm_
-
-# Of a narrow result, how many rows stand in float32 at a time.
-_ROWS = 8192
 
 
 def slices(length: int, size: int, multiple: int = 1) -> Iterator[slice]:
@@ -45,7 +43,7 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float = 
     dtype = statistics_dtype(out.dtype)
     if out.dtype == dtype:
         return addmm_(out, a, b, alpha=alpha, beta=beta)
-    for rows in slices(len(out), _ROWS):
+    for rows in slices(len(out), sizes().sum_rows):
         wide = torch.empty_like(out[rows], dtype=dtype)
         out[rows] = addmm_(wide, a[rows], b, alpha=alpha, beta=0)
     return out

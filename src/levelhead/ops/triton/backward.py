@@ -18,17 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import Rows
+from ..sizes import sizes
 from ..statistics import GradientDtypes, Gradients, StatsGradient, anchor, statistics_dtype
 from ..sums import at, empty, finish, multiply_, slices
 from ..tile import addmm_
 from .launch import cdiv, configuration, dense, launch, precision
 from .primitives import capped, finite, grouped, logits_before_softcap
-
-# The buffer for a slab: 1/16 of the weight, little beside it and its gradient; but at least so many entries, or
-# accumulating the gradient of the input would cost more than a tenth of the products.
-_BUDGET_SHARE = 1 / 16
-_SLAB_ENTRIES = 2048
-_ALIGNMENT = 128  # of a slab's first entry: libraries and wide loads want 16 bytes, tiles a multiple of their own
 
 
 @triton.jit(do_not_specialize=["N", "first_id", "K"])
@@ -117,7 +112,7 @@ def linear_logit_stats_backward(
     dx = empty(x, gradient_dtypes[0], dtype)
     dw = empty(linear_weight, gradient_dtypes[1], gradient_dtypes[1])
     db = empty(linear_weight.new_empty(size), gradient_dtypes[2], dtype)
-    slabs = list(slices(size, _slab_entries(x, size), _ALIGNMENT))
+    slabs = list(slices(size, _slab_entries(x, size), sizes().entry_alignment))
     buffer = x.new_empty(len(x), slabs[0].stop)
     for columns in slabs:
         weight = linear_weight[columns].to(x.dtype)  # a copy under autocast only
@@ -156,4 +151,5 @@ def _coefficients(
 
 def _slab_entries(x: Tensor, vocabulary: int) -> int:
     """Return how many entries a slab has, so that its gradient (N, slab) fits the budget."""
-    return max(_SLAB_ENTRIES, int(_BUDGET_SHARE * vocabulary * x.shape[1]) // max(len(x), 1))
+    entries = int(sizes().gradient_share * vocabulary * x.shape[1]) // max(len(x), 1)
+    return max(sizes().gradient_entries, entries)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import sizes
 from ..statistics import LogitStats, statistics_dtype
 from ..sums import at, slices
 from .launch import cdiv, configuration, dense, launch, precision, processors
@@ -29,11 +30,6 @@ from .primitives import (
     merge_states,
     tile_state,
 )
-
-# Shares of the vocabulary: enough programs for so many waves, so that the last one, which is never full, costs little.
-_WAVES = 8
-# Of a weight narrowed at a time: enough tiles for all processors, little beside the weight.
-_SLAB_BYTES = 64 * 2**20
 
 
 @triton.jit(do_not_specialize=["N", "first_id", "shares", "tiles_per_share", "field_stride"])
@@ -226,7 +222,7 @@ def _states(
     block = configuration("state", input)
     row_tiles = cdiv(tokens, block["BLOCK_N"])
     slabs = list(_slabs(input, linear_weight))
-    entries = _share_entries(tokens, slabs, block, _WAVES * processors(input.device))
+    entries = _share_entries(tokens, slabs, block, sizes().waves * processors(input.device))
     shares = [cdiv(slab.stop - slab.start, entries) for slab in slabs]
     states = input.new_empty(5, sum(shares), tokens, dtype=statistics_dtype(input.dtype))
     best_ids = input.new_empty(sum(shares), tokens, dtype=torch.int32)
@@ -248,7 +244,7 @@ def _slabs(input: Tensor, linear_weight: Tensor) -> Iterator[slice]:
     """Yield what of the weight is multiplied at a time: all; under autocast, what is narrowed at a time."""
     entries = len(linear_weight)
     if linear_weight.dtype != input.dtype:
-        entries = cdiv(_SLAB_BYTES, max(input.shape[1], 1) * input.itemsize)
+        entries = cdiv(sizes().slab_bytes, max(input.shape[1], 1) * input.itemsize)
     return slices(len(linear_weight), entries)
 
 

@@ -11,9 +11,9 @@ What bounds the chunks, on an H200 (about 790 TFLOP/s in large bfloat16 products
 
 - Reading and writing the logits, 4 + 4 + 2 bytes each: 7 % at D = 4096, 12 % at D = 2304.
 - A chunk of logits reads the weight, 2 V D bytes, for 2 C V D operations: below C = 165 tokens memory sets the pace,
-  on an H100 below 236. _LOGITS_TOKENS = 512.
+  on an H100 below 236. Hence logits_tokens = 512.
 - Accumulating the gradient of the weight moves 8 V D bytes a chunk of M tokens, for 6 M V D operations: 219 / M of
-  their time, 11 % at _GRADIENT_TOKENS = 2048 if none of it hides behind them. Hence two sizes: float32 logits of few
+  their time, 11 % at gradient_tokens = 2048 if none of it hides behind them. Hence two sizes: float32 logits of few
   tokens, their narrow gradients of many. Together 6 KiB an entry; more tokens would be faster, but that is what the
   logits of 2048 tokens take.
 
@@ -35,15 +35,12 @@ from torch import Tensor
 
 from ..loss import token_loss
 from ..rows import Rows
+from ..sizes import sizes
 from ..statistics import GradientDtypes, Gradients, statistics_dtype
 from ..sums import at, empty, finish, float16_scale, multiply_, slices, zeros
 from ..tile import addmm_
 from .launch import cdiv, configuration, dense, launch
 from .primitives import anchor, capped
-
-_LOGITS_TOKENS = 512
-_GRADIENT_TOKENS = 2048
-_ALIGNMENT = 64  # of a row of logits, in entries: what libraries and wide loads want
 
 
 # What changes from chunk to chunk is not compiled in: where vectors start, and how far apart the statistics are.
@@ -152,10 +149,12 @@ def linear_cross_entropy(
     gradient_weight = loss_weight if scale is None else loss_weight * scale
     operand = linear_weight.to(x.dtype)  # a copy under autocast only, as a linear layer would make
     wide, frozen = x.dtype == dtype, gradient_dtypes[1] is None
-    tokens = _LOGITS_TOKENS if wide or frozen else _GRADIENT_TOKENS
+    tokens = sizes().logits_tokens if wide or frozen else sizes().gradient_tokens
     chunks = list(slices(max(len(x), 1), tokens))
     da_buffer = _rows(min(chunks[0].stop, len(x)), size, x.dtype, x.device)
-    products = da_buffer if wide else _rows(min(_LOGITS_TOKENS, len(x)), size, dtype, x.device)
+    products = (
+        da_buffer if wide else _rows(min(sizes().logits_tokens, len(x)), size, dtype, x.device)
+    )
     stats = torch.empty(4, len(x), dtype=dtype, device=x.device)
     dx = empty(x, gradient_dtypes[0], gradient_dtypes[0])
     # One chunk is all there is to sum, rounded once at the end of its product.
@@ -195,7 +194,7 @@ def _fill_(
     **model: Any,
 ) -> None:
     """Fill in the statistics of M tokens and the gradient of their logits, by way of C tokens' logits at a time."""
-    for rows in slices(len(da), _LOGITS_TOKENS):
+    for rows in slices(len(da), sizes().logits_tokens):
         logits = addmm_(products[: len(da[rows])], x[rows], weight.T, beta=0, alpha=1)
         launch(
             softmax_kernel, len(logits), logits, bias, target[rows], token_weight[rows],
@@ -206,5 +205,5 @@ def _fill_(
 
 def _rows(tokens: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory for logits, in rows that start where wide loads want them."""
-    aligned = cdiv(entries, _ALIGNMENT) * _ALIGNMENT
+    aligned = cdiv(entries, sizes().row_alignment) * sizes().row_alignment
     return torch.empty(tokens, aligned, dtype=dtype, device=device)[:, :entries]
