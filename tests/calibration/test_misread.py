@@ -165,10 +165,10 @@ def test_what_has_another_type(call, text):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int64])
 def test_logits_of_two_classes_in_integers_keep_their_sign(dtype):
     """An unsigned integer has no negative, and the least one of int8 none of its dtype."""
-    logits = (
-        [3, 7, 1, 2, 100, 0] if dtype in (torch.uint8, torch.uint16) else [3, -7, 1, 2, -128, 0]
-    )
-    target = [1, 0, 0, 1, 0, 1]
+    if dtype in (torch.uint8, torch.uint16):
+        logits, target = [3, 7, 1, 2, 100, 0], [1, 0, 1, 1, 1, 0]
+    else:
+        logits, target = [3, -7, 1, 2, -128, 0], [1, 0, 0, 1, 0, 1]
     assert fit_temperature(torch.tensor(logits).to(dtype), target) == pytest.approx(
         fit_temperature([float(x) for x in logits], target)
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .predictions import as_predictions, chunks
+from .root import increasing_root
 
 GRID = 1 << 14  # steps across [0, 1]
 _TOLERANCE = 1e-10
@@ -52,20 +53,11 @@ def smooth_error(confidence: Tensor, correct: Tensor) -> float:
     """`smooth_calibration_error` of checked columns."""
     residual = _residual_grid(confidence, correct, GRID)
     spectrum = torch.fft.rfft(_reflected(residual))
-    # What the error is in excess of the bandwidth falls from above 0 at 0 to 0 or less at 1, with
-    # slope -1 or steeper: it bounds the distance to the zero, which regula falsi finds. An end that
-    # stays twice counts half (Illinois), or the bracket would close from one side only.
-    low, high, stayed = 0.0, 1.0, 0
-    above, below = _smoothed(spectrum, low), _smoothed(spectrum, high) - 1
-    at, excess = low, above
-    while abs(excess) > _TOLERANCE:
-        at = (low * below - high * above) / (below - above)
-        excess = _smoothed(spectrum, at) - at
-        if excess > 0:
-            low, above, below, stayed = at, excess, below / (2 if stayed > 0 else 1), 1
-        else:
-            high, below, above, stayed = at, excess, above / (2 if stayed < 0 else 1), -1
-    return at
+
+    def excess(bandwidth: float) -> float:
+        return bandwidth - _smoothed(spectrum, bandwidth)  # rises with slope 1 or steeper
+
+    return increasing_root(excess, 0.0, excess(0.0), 1.0, excess(1.0), tolerance=_TOLERANCE)
 
 
 def _residual_grid(confidence: Tensor, correct: Tensor, grid: int) -> Tensor:
