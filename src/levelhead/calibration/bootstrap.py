@@ -92,7 +92,7 @@ def summarise(
 
     Args:
         confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
-            list of any shape (...). Any score will do if all `metrics` are in `RANKING_METRICS`.
+            list of any shape (...). Any score will do if all `metrics` are of accuracy, auroc and aurc.
         correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
         bins: As in `reliability`.
         binning: As in `reliability`.
@@ -222,7 +222,7 @@ def _sample(
 ) -> _Sample:
     ranking = set(metrics) <= set(RANKING_METRICS)
     score, correct = (as_scores if ranking else as_predictions)(confidence, correct)
-    edges = None if ranking else bin_edges(score, bins, binning)
+    edges = None if ranking else bin_edges(score, correct, bins, binning)
     if cluster is None:
         return _Sample(score, correct, None, len(score), edges)
     cluster = as_tensor("cluster", cluster).flatten()
@@ -288,7 +288,7 @@ def _interval(estimate: float, resampled: Tensor | None, level: float) -> Interv
 
 def _check_options(metrics: Sequence[str], resamples: int, level: float, seed: int) -> float:
     if isinstance(metrics, str) or not isinstance(metrics, Sequence):
-        raise TypeError(f"metrics must be a list of names, got {metrics!r}; pass METRICS for all")
+        raise TypeError(f"metrics must be a list of names, got {metrics!r}; leave it out for all")
     for name in metrics:
         check_choice("metric", name, METRICS)
     check_int("resamples", resamples, 1000)

@@ -7,8 +7,7 @@ be made small by saying the base rate of everything. For probabilities over C cl
 
 from typing import Any
 
-from .binned import Binning, reliability
-from .table import Bins, BrierDecomposition
+from .binned import reliability
 
 
 def negative_log_likelihood(confidence: Any, correct: Any) -> float:
@@ -64,39 +63,3 @@ def brier_score(confidence: Any, correct: Any) -> float:
         78, 1950.
     """
     return reliability(confidence, correct, bins=1).brier_score.item()
-
-
-def brier_decomposition(
-    confidence: Any, correct: Any, *, bins: Bins = 10, binning: Binning = "uniform"
-) -> BrierDecomposition:
-    """The Brier score as reliability - resolution + uncertainty + what bins hide.
-
-    With o the overall accuracy and w_b = count_b / N: reliability = sum_b w_b (confidence_b -
-    accuracy_b)^2, resolution = sum_b w_b (accuracy_b - o)^2, uncertainty = o (1 - o). The three add
-    up where all confidences in a bin are equal; `within_bins` is the rest.
-
-    Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]; any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
-        bins: As in `reliability`.
-        binning: As in `reliability`.
-
-    Returns:
-        The four terms. Reliability is the square of the weighted "l2" calibration error.
-
-    Raises:
-        TypeError: As `reliability`.
-        ValueError: As `reliability`.
-
-    Example:
-        >>> terms = brier_decomposition([0.2, 0.2, 0.8, 0.8], [0, 1, 1, 1])
-        >>> [round(term, 4) for term in terms]
-        [0.065, 0.0625, 0.1875, 0.0]
-
-    References:
-        Murphy. A new vector partition of the probability score. Journal of Applied Meteorology 12,
-        1973.
-        Stephenson, Coelho, Jolliffe. Two extra components in the Brier score decomposition. Weather
-        and Forecasting 23, 2008.
-    """
-    return reliability(confidence, correct, bins=bins, binning=binning).brier_decomposition()

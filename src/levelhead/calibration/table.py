@@ -185,10 +185,25 @@ class ReliabilityTable:
         return math.sqrt((weight * gap.square()).sum().item())
 
     def brier_decomposition(self) -> BrierDecomposition:
-        """Murphy's decomposition of the Brier score over these bins; see `brier_decomposition`.
+        """Return the Brier score as reliability - resolution + uncertainty + what bins hide.
+
+        With o the overall accuracy and w_b = count_b / N: reliability = sum_b w_b (confidence_b -
+        accuracy_b)^2, the square of the weighted "l2" error; resolution = sum_b w_b
+        (accuracy_b - o)^2; uncertainty = o (1 - o).
 
         Returns:
             The four terms; all NaN if the table is empty.
+
+        Example:
+            >>> table = reliability([0.2, 0.2, 0.8, 0.8], [0, 1, 1, 1])
+            >>> [round(term, 4) for term in table.brier_decomposition()]
+            [0.065, 0.0625, 0.1875, 0.0]
+
+        References:
+            Murphy. A new vector partition of the probability score. Journal of Applied Meteorology
+            12, 1973.
+            Stephenson, Coelho, Jolliffe. Two extra components in the Brier score decomposition.
+            Weather and Forecasting 23, 2008.
         """
         total = self.pooled()
         if not int(total.count):

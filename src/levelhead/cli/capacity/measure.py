@@ -14,7 +14,6 @@ from torch import Tensor
 from levelhead.calibration.capacity import (
     Capacity,
     HeadGeometry,
-    head_capacity,
     head_geometry,
     hidden_norms,
     smoothed_loss_floor,
@@ -85,8 +84,7 @@ def measure(
 
     def bounds(geometry: HeadGeometry, hidden_norm: float) -> dict[str, Any]:
         def within(transform: HeadTransform) -> Capacity:
-            return head_capacity(
-                geometry,
+            return geometry.capacity(
                 hidden_norm,
                 logit_scale=transform.logit_scale,
                 softcap=transform.softcap,
