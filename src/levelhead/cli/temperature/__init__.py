@@ -1,10 +1,11 @@
 """`levelhead temperature`: one temperature, fitted on held-out data, in a checkpoint of its own."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_model, add_reading
+from ..arguments import add_model, add_reading, options_of, set_defaults_of
 from ..errors import missing_extra
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
@@ -30,7 +31,7 @@ DIR receives the model, its tokenizer and summary.json.
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `temperature` to the verbs of the command."""
+    """Add `temperature` to the verbs of the command."""
     parser = verbs.add_parser(
         "temperature",
         help="calibrate a model with one temperature, fitted on held-out data",
@@ -49,18 +50,37 @@ def add_parser(verbs: Any) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="empty folder for the results"
     )
     add_reading(parser.add_argument_group("reading"))
+    set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `levelhead temperature`."""
+
+    model: str
+    data: str
+    output: Path
+    trust_remote_code: bool = False
+    max_tokens: int = 65_536
+    max_length: int = 1024
+    batch_size: int = 8
+    chat_template: Path | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    seed: int = 42
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Fits, reports and writes.
+    """Fit, write and report.
 
     Raises:
         CliError: An optional package is missing, or the model or the data cannot be used; nothing
             was written.
     """
     try:
-        from .calibrate import calibrate
+        from .calibrate import calibrate, show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    calibrate(arguments)
+    options = options_of(Options, arguments)
+    show(calibrate(options), options.output)
