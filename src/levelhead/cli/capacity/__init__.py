@@ -1,9 +1,12 @@
 """`levelhead capacity`: can this head become over-confident at all, and will smoothing act on it?"""
 
 import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..arguments import add_model, add_reading, positive, share
+from ..arguments import add_model, add_reading, options_of, positive, set_defaults_of, share
 from ..errors import missing_extra
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
@@ -29,7 +32,7 @@ them, of which the completions count.
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `capacity` to the verbs of the command."""
+    """Add `capacity` to the verbs of the command."""
     parser = verbs.add_parser(
         "capacity",
         help="say whether a model can become over-confident, so that smoothing has an effect",
@@ -49,14 +52,12 @@ def add_parser(verbs: Any) -> None:
     group.add_argument(
         "--smoothing",
         type=share,
-        default=0.1,
         metavar="EPS",
         help="share of probability spread over the vocabulary (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
         type=positive,
-        default=1.0,
         metavar="T",
         help="logits are divided by T (default: %(default)s)",
     )
@@ -68,17 +69,42 @@ def add_parser(verbs: Any) -> None:
     )
     add_reading(parser.add_argument_group("reading"))
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `levelhead capacity`, but for --json."""
+
+    model: str
+    data: str | None = None
+    trust_remote_code: bool = False
+    smoothing: float = 0.1
+    temperature: float = 1.0
+    softcap: float | None = None
+    max_tokens: int = 65_536
+    max_length: int = 1024
+    batch_size: int = 8
+    chat_template: Path | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    seed: int = 42
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Measures and says.
+    """Measure and print.
 
     Raises:
         CliError: An optional package is missing, or the model or the data cannot be used.
     """
     try:
-        from .measure import report
+        from .measure import capacity
+        from .view import show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    report(arguments)
+    report = capacity(options_of(Options, arguments))
+    if arguments.json:
+        sys.stdout.write(report.as_json() + "\n")
+    else:
+        show(report)
