@@ -20,20 +20,11 @@ from typing import Any
 from torch import nn
 
 from ..heads.head import find_head
-from .prompts import PHRASINGS, Phrasing, Prompt, Prompter
+from .prompts import Phrasing, Prompter
 from .questions import Question
 from .scores import Confidence, Score, position_limit, score_prompts
 
-__all__ = [
-    "PHRASINGS",
-    "Prompt",
-    "Prompter",
-    "Question",
-    "Score",
-    "position_limit",
-    "score_prompts",
-    "score_questions",
-]
+__all__ = ["Prompter", "Question", "Score", "score_questions"]
 
 
 def score_questions(
