@@ -28,7 +28,7 @@ Binning = Literal["uniform", "quantile", "sweep"]
 def reliability(
     confidence: Any, correct: Any, *, bins: Bins = 10, binning: Binning = "uniform"
 ) -> ReliabilityTable:
-    """Sorts predictions into bins of confidence, with the mean confidence and the accuracy of each.
+    """Sort predictions into bins of confidence; return the mean confidence and the accuracy of each.
 
     Computed on the CPU in float64, whatever the input.
 
@@ -73,7 +73,7 @@ def calibration_error(
     norm: Norm = "l1",
     weighted: bool = True,
 ) -> float:
-    """How far confidence and accuracy lie apart, over the bins of the reliability table.
+    """Return how far confidence and accuracy lie apart, over the bins of the reliability table.
 
     With gap_b = accuracy_b - confidence_b and w_b = count_b / N, the defaults give the expected
     calibration error, ECE = sum_b w_b |gap_b|. Empty bins are skipped. Computed on the CPU in
@@ -86,12 +86,10 @@ def calibration_error(
     of the binned estimates (Roelofs et al. 2022); `smooth_calibration_error` needs no bins.
 
     Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
-            list of any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
-        bins: Number of bins, or their edges; see `reliability`.
-        binning: "uniform" (bins of equal width), "quantile" (of equal count) or "sweep"; see
-            `reliability`.
+        confidence: As in `reliability`.
+        correct: As in `reliability`.
+        bins: As in `reliability`.
+        binning: As in `reliability`.
         norm: "l1", the mean of |gap_b| (ECE); "l2", the root of the mean of gap_b squared (RMS
             calibration error); "max", the largest |gap_b| (MCE).
         weighted: Whether the mean weighs bins by their counts; if not, every bin that is not empty
@@ -122,7 +120,7 @@ def classwise_calibration_error(
     norm: Norm = "l1",
     weighted: bool = True,
 ) -> float:
-    """The calibration error of every class's probability, averaged over the C classes.
+    """Return the calibration error of every class's probability, averaged over the C classes.
 
     For class c, the predictions are all N probabilities of c, and an outcome is whether the target
     was c: (1 / C) sum_c calibration_error(probabilities[:, c], target == c).
@@ -131,10 +129,10 @@ def classwise_calibration_error(
         probabilities: Of each class, (N, C), in [0, 1]; rows need not sum to 1. For letters of a
             multiple choice, the softmax over their logits.
         target: The right class of each row, (N,), integers in [0, C).
-        bins: As in `calibration_error`.
-        binning: As in `calibration_error`; "quantile" and "sweep" cut every class by itself.
-        norm: As in `calibration_error`, within a class; classes are averaged.
-        weighted: As in `calibration_error`.
+        bins: As in `calibration_error`, within a class.
+        binning: As in `calibration_error`, within a class.
+        norm: As in `calibration_error`, within a class.
+        weighted: As in `calibration_error`, within a class.
 
     Returns:
         The error, in [0, 1].

@@ -11,15 +11,15 @@ from .binned import reliability
 
 
 def negative_log_likelihood(confidence: Any, correct: Any) -> float:
-    """Mean of -log(confidence) where the answer was right, -log(1 - confidence) where it was wrong.
+    """Return the mean of -log(confidence) where the answer was right, -log(1 - confidence) where it was wrong.
 
     A confidence of exactly 1 for a wrong answer has no finite likelihood; as in scikit-learn's
     `log_loss`, confidences are kept 2.2e-16 away from 0 and 1, so it costs 36 nats. A softmax in
     float32 says 1 from a logit gap of about 17 on.
 
     Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]; any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
+        confidence: As in `reliability`.
+        correct: As in `reliability`.
 
     Returns:
         Nats per prediction, in [0, 36.1]. Computed on the CPU in float64.
@@ -40,11 +40,11 @@ def negative_log_likelihood(confidence: Any, correct: Any) -> float:
 
 
 def brier_score(confidence: Any, correct: Any) -> float:
-    """Mean of (confidence - correct)^2.
+    """Return the mean of (confidence - correct)^2.
 
     Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]; any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
+        confidence: As in `reliability`.
+        correct: As in `reliability`.
 
     Returns:
         The score, in [0, 1]; lower is better, and 0.25 is what always saying 0.5 gets. Computed on

@@ -14,7 +14,7 @@ _TOLERANCE = 1e-10
 
 
 def smooth_calibration_error(confidence: Any, correct: Any) -> float:
-    """Smooth ECE: the calibration error after a Gaussian kernel, at the bandwidth equal to it.
+    """Return the smooth ECE: the calibration error after a Gaussian kernel, at the bandwidth equal to it.
 
     With residuals correct_i - confidence_i and the Gaussian kernel K_s of bandwidth s, reflected at
     0 and 1, smECE_s = integral over t in [0, 1] of |(1 / N) sum_i K_s(t, confidence_i)
@@ -27,9 +27,8 @@ def smooth_calibration_error(confidence: Any, correct: Any) -> float:
     less: 6e-5 at worst, 4e-7 at an error of 0.01.
 
     Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
-            list of any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
+        confidence: As in `reliability`.
+        correct: As in `reliability`.
 
     Returns:
         The error, in [0, 1]. Computed on the CPU in float64.
@@ -50,7 +49,7 @@ def smooth_calibration_error(confidence: Any, correct: Any) -> float:
 
 
 def smooth_error(confidence: Tensor, correct: Tensor) -> float:
-    """`smooth_calibration_error` of checked columns."""
+    """Return `smooth_calibration_error` of checked columns."""
     residual = _residual_grid(confidence, correct, GRID)
     spectrum = torch.fft.rfft(_reflected(residual))
 
@@ -61,7 +60,7 @@ def smooth_error(confidence: Tensor, correct: Tensor) -> float:
 
 
 def _residual_grid(confidence: Tensor, correct: Tensor, grid: int) -> Tensor:
-    """Mean residual at the points i / grid, each prediction's shared by its neighbours, (grid + 1,)."""
+    """Return the mean residual at i / grid, each prediction's shared by its neighbours, (grid + 1,)."""
     mass = torch.zeros(grid + 1, dtype=torch.float64)
     for c, y in chunks(confidence, correct):
         left = (c * grid).long().clamp(max=grid - 1)
@@ -73,7 +72,7 @@ def _residual_grid(confidence: Tensor, correct: Tensor, grid: int) -> Tensor:
 
 
 def _reflected(mass: Tensor) -> Tensor:
-    """One period of the mass mirrored at 0 and 1, where each end is its own image; (2 grid,)."""
+    """Return one period of the mass mirrored at 0 and 1, where each end is its own image; (2 grid,)."""
     ends = mass.clone()
     ends[[0, -1]] *= 2
     return torch.cat([ends, ends[1:-1].flip(0)])

@@ -220,7 +220,7 @@ class ReliabilityTable:
 
 
 def tabulate(confidence: Tensor, correct: Tensor, edges: Tensor) -> ReliabilityTable:
-    """The table of checked columns, (N,) float64 and (N,) bool, all within the edges."""
+    """Return the table of checked columns, (N,) float64 and (N,) bool, all within the edges."""
     table = ReliabilityTable.empty(edges)
     for c, y in chunks(confidence, correct):
         table = table.merge(_tabulate(c, y, edges))
@@ -228,19 +228,19 @@ def tabulate(confidence: Tensor, correct: Tensor, edges: Tensor) -> ReliabilityT
 
 
 def squared_error(confidence: Tensor, correct: Tensor) -> Tensor:
-    """(confidence - correct)^2 of each prediction."""
+    """Return (confidence - correct)^2 of each prediction."""
     return (confidence - correct.double()).square()
 
 
 def log_loss(confidence: Tensor, correct: Tensor) -> Tensor:
-    """-log of the probability that each outcome was given, nats."""
+    """Return -log of the probability that each outcome was given, nats."""
     tiny = torch.finfo(torch.float64).eps
     confidence = confidence.clamp(tiny, 1 - tiny)
     return -torch.where(correct, confidence, 1 - confidence).log()
 
 
 def fixed_edges(bins: Bins) -> Tensor:
-    """The edges that were given, or those of so many equal bins of [0, 1]; (B + 1,) float64."""
+    """Return the edges that were given, or those of so many equal bins of [0, 1]; (B + 1,) float64."""
     if isinstance(bins, bool | float | str):
         raise TypeError(
             f"bins must be an int, got {bins!r}; pass a number of bins such as 10, or their edges"
@@ -266,7 +266,7 @@ def check_norm(norm: str) -> None:
 
 
 def bin_index(confidence: Tensor, edges: Tensor) -> Tensor:
-    """The bin of each confidence, (N,) int64, all within the edges."""
+    """Return the bin of each confidence, (N,) int64, all within the edges."""
     # Only the inner edges decide, so what equals the topmost edge stays in the last bin. A softmax
     # in float32 is exactly 1.0 from a logit gap of about 17 on: a half-open top bin would lose the
     # most confident predictions.

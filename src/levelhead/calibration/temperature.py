@@ -19,7 +19,7 @@ _ENTRIES = 1 << 22  # logits at a time
 
 
 def fit_temperature(logits: Any, target: Any) -> float:
-    """The temperature T that minimises the negative log-likelihood of softmax(logits / T).
+    """Return the temperature T that minimises the negative log-likelihood of softmax(logits / T).
 
     It is convex in b = 1 / T: its derivative, the mean over rows of E_p[logit] - logit of the
     target, rises with b. Regula falsi (Illinois) in log b finds its only zero.

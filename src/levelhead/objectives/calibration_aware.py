@@ -125,8 +125,8 @@ def confidence_bins(
         BinCounts(right=tensor([1, 1, 1]), size=tensor([2, 2, 1]))
     """
     p, answer, there = _questions(probabilities, target, valid)
-    confidence, said = p.masked_fill(~there, -1).max(-1)
-    counts = _of_bins(confidence, said == answer, bins)
+    confidence, predicted = p.masked_fill(~there, -1).max(-1)
+    counts = _of_bins(confidence, predicted == answer, bins)
     return BinCounts(*(column.to(probabilities.device) for column in counts))
 
 

@@ -100,8 +100,8 @@ class Recalibration:
     """How a teacher's k largest probabilities are changed, and the calibration errors that chose it.
 
     Attributes:
-        method: "temperature", a softmax over the k probabilities themselves at the temperature ``value``, or "smoothing":
-            ``value`` is moved from the largest to the others, in equal parts.
+        method: "temperature", a softmax over the k probabilities themselves at the temperature ``value``, or
+            "smoothing": ``value`` is moved from the largest to the others, in equal parts.
         value: its parameter.
         positions: how many held-out predictions chose it.
         accuracy: share of them that was right.
