@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..arguments import add_model, add_reading, options_of, positive, set_defaults_of, share
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -71,25 +70,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `levelhead capacity`, but for --json."""
-
-    model: str
-    data: str | None = None
-    trust_remote_code: bool = False
-    smoothing: float = 0.1
-    temperature: float = 1.0
-    softcap: float | None = None
-    max_tokens: int = 65_536
-    max_length: int = 1024
-    batch_size: int = 8
-    chat_template: Path | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    seed: int = 42
 
 
 def run(arguments: argparse.Namespace) -> None:

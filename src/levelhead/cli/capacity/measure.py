@@ -24,7 +24,7 @@ from levelhead.integrations.patch.probe import HeadTransform
 
 from ..errors import CliError
 from ..reading import batches, read_model, read_rows, read_tokenizer
-from . import Options
+from .options import Options
 
 _ROWS = 4096  # of the head at a time, or a copy in float32 would be as large as it
 Verdict = Literal["reached", "impossible", "out of reach", "possible"]

@@ -88,7 +88,7 @@ def train_pair(
     advance: Callable[[], object],
     recipe: Recipe,
 ) -> dict[str, Learner]:
-    """Train `dense` and `fused` from the same weights on the same batches, and call `advance` after every step of both."""
+    """Train `dense` and `fused` from the same weights on the same batches; `advance` follows each step of both."""
     pair = build_pair(vocabulary_size, smoothing=smoothing, seed=seed, recipe=recipe, device=device)
     steps = number_of_steps(len(rows), recipe)
     learners = {name: Learner(model, recipe, steps) for name, model in pair.items()}

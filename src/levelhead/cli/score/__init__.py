@@ -1,7 +1,6 @@
 """`levelhead score`: multiple-choice questions through a model, with all that its confidence may be."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +17,7 @@ from ..arguments import (
     set_defaults_of,
 )
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -106,26 +106,6 @@ def add_parser(verbs: Any) -> None:
     model.add_argument("--bf16", action="store_true", help="load the weights in bfloat16")
     set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `levelhead score`; `seed` None: the order of the data."""
-
-    model: str
-    data: str
-    output: Path
-    trust_remote_code: bool = False
-    phrasing: Phrasing = "first"
-    seed: int | None = 42
-    no_chat_template: bool = False
-    max_length: int | None = None
-    chat_template: Path | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "test"
-    confidence: Confidence = "msp"
-    batch_size: int = 8
-    bf16: bool = False
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -25,8 +25,8 @@ from ..output import make_folder
 from ..progress import progress_bar
 from ..rows import usable
 from ..sources import Source, open_source
-from . import Options
 from .file import join_parts, part_of, schema, write_part
+from .options import Options
 
 _HINT = (
     'each row must have "question", "choices" (a list of texts) and "answer" (a letter, an index '

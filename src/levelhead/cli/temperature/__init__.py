@@ -1,12 +1,12 @@
 """`levelhead temperature`: one temperature, fitted on held-out data, in a checkpoint of its own."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..arguments import add_model, add_reading, options_of, set_defaults_of
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -52,23 +52,6 @@ def add_parser(verbs: Any) -> None:
     add_reading(parser.add_argument_group("reading"))
     set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `levelhead temperature`."""
-
-    model: str
-    data: str
-    output: Path
-    trust_remote_code: bool = False
-    max_tokens: int = 65_536
-    max_length: int = 1024
-    batch_size: int = 8
-    chat_template: Path | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    seed: int = 42
 
 
 def run(arguments: argparse.Namespace) -> None:

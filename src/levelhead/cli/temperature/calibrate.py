@@ -19,7 +19,7 @@ from levelhead.heads.temperature import Way, apply_temperature, fit_temperature
 from ..errors import CliError
 from ..output import make_folder, write_json
 from ..reading import batches, read_model, read_rows, read_tokenizer
-from . import Options
+from .options import Options
 
 _BINS = 10  # of the calibration error
 _WAYS: dict[Way, str] = {
