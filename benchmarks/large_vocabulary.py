@@ -24,8 +24,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import levelhead
-from levelhead.calibration import calibration_error
-from levelhead.calibration.capacity import head_capacity, head_geometry
+from levelhead.calibration import calibration_error, head_capacity
 
 from .step import machine
 
@@ -102,9 +101,9 @@ def run(recipe: Recipe, hidden_size: int, vocabulary_size: int, seed: int) -> It
     """One cell from one seed, a row for each remedy: what was foretold, and what came of hard and smoothed targets."""
     for name, options in REMEDIES.items():
         torch.manual_seed(seed)
-        geometry = head_geometry(Network(recipe, hidden_size, vocabulary_size).head)
+        head = Network(recipe, hidden_size, vocabulary_size).head
         norm = math.sqrt(hidden_size)
-        capacity = head_capacity(geometry, norm, label_smoothing=SMOOTHING, **options)
+        capacity = head_capacity(head, hidden_norm=norm, label_smoothing=SMOOTHING, **options)
         results = {
             label: trained(recipe, hidden_size, vocabulary_size, seed, eps, options)
             for label, eps in (("hard", 0.0), ("smoothed", SMOOTHING))

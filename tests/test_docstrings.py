@@ -18,7 +18,6 @@ from tests.integrations.tiny_tokenizers import byte_level
 
 import levelhead
 import levelhead.calibration
-import levelhead.calibration.capacity
 import levelhead.integrations.accelerate
 import levelhead.integrations.inductor
 import levelhead.integrations.transformers
@@ -35,7 +34,6 @@ from levelhead.ops import TopK
 MODULES = (
     levelhead,
     levelhead.calibration,
-    levelhead.calibration.capacity,
     levelhead.objectives,
     levelhead.objectives.calibration_aware,
     levelhead.objectives.regime,

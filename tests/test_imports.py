@@ -18,7 +18,7 @@ ROOMS = {
     "calibration": (),
     "integrations.patch": ("ops",),
     "integrations.inductor": ("ops",),
-    "heads": ("ops", "integrations.patch"),
+    "heads": ("ops", "calibration", "integrations.patch"),
     "scoring": ("ops", "heads"),
     "integrations": ("ops", "heads", "integrations.patch", "integrations.inductor"),
     "objectives": ("ops", "calibration", "heads"),

@@ -9,8 +9,6 @@ import torch
 from scipy.stats import bootstrap
 
 from levelhead.calibration import (
-    METRICS,
-    RANKING_METRICS,
     auroc,
     brier_score,
     calibration_error,
@@ -21,6 +19,7 @@ from levelhead.calibration import (
     smooth_calibration_error,
     summarise,
 )
+from levelhead.calibration.bootstrap import METRICS, RANKING_METRICS
 
 MEASURES = {
     "accuracy": lambda _, y: np.mean(y),

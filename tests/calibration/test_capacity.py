@@ -57,7 +57,7 @@ def test_no_hidden_state_exceeds_the_bounds(seed, norm, scale, softcap, with_bia
     hidden = hidden * norm / hidden.norm(dim=1, keepdim=True)
     z = 1.7 * F.linear(hidden, weight, bias)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    bounds = head_capacity(head_geometry(weight, bias), norm, logit_scale=1.7, softcap=softcap)
+    bounds = head_capacity(weight, bias, hidden_norm=norm, logit_scale=1.7, softcap=softcap)
     top = z.max(-1).values
     others = (z.sum(-1) - top) / (z.shape[-1] - 1)
     assert (top - others).max() <= bounds.margin * EXACT + 1e-9
@@ -81,7 +81,7 @@ def test_without_a_bias_a_row_reaches_the_bound_on_the_margin(seed, norm):
 def test_the_extremal_logits_reach_the_bounds_of_the_ball(vocab_size, radius):
     z = spike(radius, vocab_size)
     # The head that has these logits for the hidden state (1,): its one singular value is the radius.
-    bounds = head_capacity(head_geometry(z[:, None]), 1.0)
+    bounds = head_capacity(z[:, None], hidden_norm=1.0)
     assert bounds.radius == pytest.approx(radius)
     assert bounds.max_probability == pytest.approx(z.softmax(-1).max().item())
     assert bounds.min_entropy == pytest.approx(entropy(z).item(), abs=1e-12)
@@ -192,8 +192,8 @@ def test_the_ends_of_smoothing():
     assert smoothed_margin(10, 1.0) == 0.0
     assert smoothed_loss_floor(10, 1.0) == pytest.approx(math.log(10))
     geometry = head_geometry(torch.eye(10))
-    assert not head_capacity(geometry, 1e6, label_smoothing=0.0).reachable
-    even = head_capacity(geometry, 0.0, label_smoothing=1.0)
+    assert not geometry.capacity(1e6, label_smoothing=0.0).reachable
+    even = geometry.capacity(0.0, label_smoothing=1.0)
     assert even.reachable
     assert even.max_temperature == math.inf
 
@@ -202,10 +202,10 @@ def test_the_ends_of_smoothing():
 def test_the_verdict_turns_at_the_required_norm(seed, with_bias, scale):
     weight, bias = random_head(seed, with_bias=with_bias)
     geometry = head_geometry(weight, bias)
-    needed = head_capacity(geometry, 1.0, logit_scale=scale).required_norm
-    assert head_capacity(geometry, needed * 1.0001, logit_scale=scale).reachable
+    needed = geometry.capacity(1.0, logit_scale=scale).required_norm
+    assert geometry.capacity(needed * 1.0001, logit_scale=scale).reachable
     if needed > 0:
-        assert not head_capacity(geometry, needed * 0.9999, logit_scale=scale).reachable
+        assert not geometry.capacity(needed * 0.9999, logit_scale=scale).reachable
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0, 30.0])
@@ -214,7 +214,7 @@ def test_the_verdict_turns_at_the_largest_temperature(softcap):
 
     def at(temperature):
         cap = None if softcap is None else softcap / temperature
-        return head_capacity(geometry, 7.0, logit_scale=1 / temperature, softcap=cap)
+        return geometry.capacity(7.0, logit_scale=1 / temperature, softcap=cap)
 
     limit = at(1.0).max_temperature
     assert at(limit * 0.9999).reachable
@@ -224,14 +224,14 @@ def test_the_verdict_turns_at_the_largest_temperature(softcap):
 def test_a_softcap_below_half_the_optimal_margin_rules_it_out():
     geometry = head_geometry(torch.randn(1000, 8))
     half = smoothed_margin(1000, 0.1) / 2
-    assert head_capacity(geometry, 1e4, softcap=half * 1.001).reachable
-    below = head_capacity(geometry, 1e4, softcap=half * 0.999)
+    assert geometry.capacity(1e4, softcap=half * 1.001).reachable
+    below = geometry.capacity(1e4, softcap=half * 0.999)
     assert not below.reachable
     assert below.required_norm == math.inf
 
 
 def test_a_head_of_equal_rows_is_never_confident():
-    capacity = head_capacity(head_geometry(torch.ones(50, 4)), 1e6)
+    capacity = head_capacity(torch.ones(50, 4), hidden_norm=1e6)
     assert capacity.max_probability == pytest.approx(1 / 50)
     assert capacity.min_entropy == pytest.approx(math.log(50))
     assert capacity.required_norm == math.inf
@@ -265,15 +265,14 @@ def test_norms_of_a_sample():
             ValueError,
             "linear_bias holds NaN.*check the checkpoint",
         ),
-        (lambda: smoothed_margin(1, 0.1), ValueError, "2 at least"),
         (lambda: smoothed_loss_floor(9, 1.1), ValueError, "label_smoothing"),
-        (lambda: head_capacity(head_geometry(torch.eye(3)), math.nan), ValueError, "hidden_norm"),
+        (lambda: head_capacity(torch.eye(3), hidden_norm=math.nan), ValueError, "hidden_norm"),
         (
-            lambda: head_capacity(head_geometry(torch.eye(3)), 1, logit_scale=0),
+            lambda: head_capacity(torch.eye(3), hidden_norm=1, logit_scale=0),
             ValueError,
             "logit_scale",
         ),
-        (lambda: head_capacity(head_geometry(torch.eye(3)), 1, softcap=-1), ValueError, "softcap"),
+        (lambda: head_capacity(torch.eye(3), hidden_norm=1, softcap=-1), ValueError, "softcap"),
         (lambda: hidden_norms(torch.tensor([])), ValueError, "one at least"),
         (lambda: hidden_norms(torch.tensor([1.0, math.nan])), ValueError, "finite"),
     ],

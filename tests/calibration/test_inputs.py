@@ -16,10 +16,8 @@ SCORE = [0.25, 0.5, 0.75, 1.0]
 CORRECT = [False, True, False, True]
 FROZEN = np.array(SCORE)
 FROZEN.flags.writeable = False
-TAKE_SCORES = ("abstention_threshold", "auroc", "mann_whitney_p", "risk_coverage")
+TAKE_SCORES = ("abstention", "auroc", "mann_whitney_p", "risk_coverage")
 TAKE_CONFIDENCE = (
-    "adaptive_bins",
-    "brier_decomposition",
     "brier_score",
     "calibration_error",
     "negative_log_likelihood",

@@ -9,7 +9,7 @@ import torch
 
 from levelhead.calibration import (
     ReliabilityTable,
-    abstention_threshold,
+    abstention,
     auroc,
     brier_score,
     calibration_error,
@@ -17,14 +17,10 @@ from levelhead.calibration import (
     compare,
     fit_temperature,
     head_capacity,
-    head_geometry,
-    payoff,
     risk_coverage,
-    smoothed_loss_floor,
-    smoothed_margin,
     summarise,
 )
-from levelhead.calibration.capacity import hidden_norms
+from levelhead.calibration.capacity import head_geometry, hidden_norms, smoothed_margin
 
 SCORE, CORRECT = [0.9, 0.8, 0.3, 0.1], [1, 0, 1, 0]
 T = torch.tensor(SCORE)
@@ -56,22 +52,21 @@ def test_tensors_and_arrays_whose_values_cannot_be_read(values, text):
         summarise(SCORE, CORRECT, cluster=values)
 
 
-GEOMETRY = head_geometry(torch.eye(4))
+def capacity_of_four(norm=1.0, **options):
+    return head_capacity(torch.eye(4), hidden_norm=norm, **options)
+
+
 TAKE_NUMBERS = [
-    ("wrong", lambda x: abstention_threshold(SCORE, CORRECT, wrong=x)),
-    ("wrong", lambda x: payoff(SCORE, CORRECT, 0.5, wrong=x)),
-    ("threshold", lambda x: payoff(SCORE, CORRECT, x)),
+    ("wrong", lambda x: abstention(SCORE, CORRECT, wrong=x)),
+    ("wrong", lambda x: abstention(SCORE, CORRECT, threshold=0.5, wrong=x)),
+    ("threshold", lambda x: abstention(SCORE, CORRECT, threshold=x)),
     ("confidence_level", lambda x: summarise(SCORE, CORRECT, resamples=5, confidence_level=x)),
     ("confidence_level", lambda x: compare((SCORE, CORRECT), (SCORE, CORRECT), confidence_level=x)),
-    ("hidden_norm", lambda x: head_capacity(GEOMETRY, x)),
-    ("hidden_norm", GEOMETRY.radius),
-    ("hidden_norm", GEOMETRY.margin),
-    ("margin", GEOMETRY.required_norm),
-    ("logit_scale", lambda x: head_capacity(GEOMETRY, 1.0, logit_scale=x)),
-    ("softcap", lambda x: head_capacity(GEOMETRY, 1.0, softcap=x)),
-    ("label_smoothing", lambda x: head_capacity(GEOMETRY, 1.0, label_smoothing=x)),
+    ("hidden_norm", capacity_of_four),
+    ("logit_scale", lambda x: capacity_of_four(logit_scale=x)),
+    ("softcap", lambda x: capacity_of_four(softcap=x)),
+    ("label_smoothing", lambda x: capacity_of_four(label_smoothing=x)),
     ("label_smoothing", lambda x: smoothed_margin(10, x)),
-    ("vocab_size", lambda x: smoothed_loss_floor(x, 0.1)),
 ]
 
 
@@ -89,26 +84,22 @@ def test_an_option_that_nobody_could_train(name, call):
 
 
 def test_options_in_tensors_and_arrays_of_one():
-    assert payoff(SCORE, CORRECT, torch.tensor(0.5), wrong=np.float32(2)) == payoff(
-        SCORE, CORRECT, 0.5, wrong=2.0
-    )
-    capacity = head_capacity(GEOMETRY, torch.tensor(2.0), softcap=torch.tensor(4.0))
-    assert capacity == head_capacity(GEOMETRY, 2.0, softcap=4.0)
+    assert abstention(
+        SCORE, CORRECT, threshold=torch.tensor(0.5), wrong=np.float32(2)
+    ) == abstention(SCORE, CORRECT, threshold=0.5, wrong=2.0)
+    capacity = capacity_of_four(torch.tensor(2.0), softcap=torch.tensor(4.0))
+    assert capacity == capacity_of_four(2.0, softcap=4.0)
     assert type(capacity.margin) is float
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: capacity_of_four(-1.0), "hidden_norm must be a finite number from 0 on, got -1"),
         (
-            lambda: smoothed_margin(math.nan, 0.1),
-            "vocab_size must be a whole number, 2 at least, got nan",
+            lambda: capacity_of_four(math.nan),
+            "hidden_norm must be a finite number from 0 on, got nan",
         ),
-        (lambda: smoothed_loss_floor(math.inf, 0.1), "vocab_size must be a whole number"),
-        (lambda: smoothed_loss_floor(2.5, 0.1), "vocab_size must be a whole number"),
-        (lambda: GEOMETRY.radius(-1.0), "hidden_norm must be a number from 0 on, got -1"),
-        (lambda: GEOMETRY.margin(math.nan), "hidden_norm must be a number from 0 on, got nan"),
-        (lambda: GEOMETRY.required_norm(math.nan), "margin must be a number of nats, got nan"),
         (lambda: hidden_norms(torch.tensor([-1.0, 2.0])), "a norm is at least 0, got -1"),
         (
             lambda: summarise(SCORE, CORRECT, cluster=[1, 1, 2, math.nan]),
@@ -165,10 +156,10 @@ def test_what_has_another_type(call, text):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int64])
 def test_logits_of_two_classes_in_integers_keep_their_sign(dtype):
     """An unsigned integer has no negative, and the least one of int8 none of its dtype."""
-    logits = (
-        [3, 7, 1, 2, 100, 0] if dtype in (torch.uint8, torch.uint16) else [3, -7, 1, 2, -128, 0]
-    )
-    target = [1, 0, 0, 1, 0, 1]
+    if dtype in (torch.uint8, torch.uint16):
+        logits, target = [3, 7, 1, 2, 100, 0], [1, 0, 1, 1, 1, 0]
+    else:
+        logits, target = [3, -7, 1, 2, -128, 0], [1, 0, 0, 1, 0, 1]
     assert fit_temperature(torch.tensor(logits).to(dtype), target) == pytest.approx(
         fit_temperature([float(x) for x in logits], target)
     )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from levelhead.calibration import (
-    abstention_threshold,
+    abstention,
     auroc,
     calibration_error,
     mann_whitney_p,
@@ -72,7 +72,7 @@ def test_no_measure_sees_the_pieces(monkeypatch, saturated):
         return [
             auroc(score, correct),
             mann_whitney_p(score, correct),
-            abstention_threshold(score, correct),
+            abstention(score, correct).threshold,
             calibration_error(score, correct, binning="quantile"),
             risk_coverage(score, correct).area,
             *risk_coverage(score, correct).risk.tolist(),

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss
 
 from levelhead.calibration import (
-    brier_decomposition,
     brier_score,
     calibration_error,
     negative_log_likelihood,
+    reliability,
 )
 
 data = st.lists(
@@ -36,7 +36,7 @@ def test_equals_scikit_learn(rows):
 @given(data, st.integers(1, 12), st.sampled_from(["uniform", "quantile"]))
 def test_the_terms_add_up_to_the_score(rows, bins, binning):
     confidence, correct = map(np.array, zip(*rows, strict=True))
-    terms = brier_decomposition(confidence, correct, bins=bins, binning=binning)
+    terms = reliability(confidence, correct, bins=bins, binning=binning).brier_decomposition()
     total = terms.reliability - terms.resolution + terms.uncertainty + terms.within_bins
     assert total == pytest.approx(brier_score(confidence, correct), abs=1e-12)
     assert terms.uncertainty == pytest.approx(correct.mean() * (1 - correct.mean()))
@@ -53,13 +53,14 @@ def test_within_bins_is_variance_less_twice_covariance(rows, bins):
     for b in set(index.tolist()):
         c, y = confidence[index == b], correct[index == b].astype(float)
         within += len(c) * (c.var() - 2 * np.mean((c - c.mean()) * (y - y.mean())))
-    got = brier_decomposition(confidence, correct, bins=bins).within_bins
+    got = reliability(confidence, correct, bins=bins).brier_decomposition().within_bins
     assert got == pytest.approx(within / len(rows), abs=1e-12)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.05, 0.35, 0.95]), st.booleans()), min_size=1))
 def test_nothing_within_bins_where_confidences_in_a_bin_are_equal(rows):
-    assert brier_decomposition(*zip(*rows, strict=True)).within_bins == pytest.approx(0, abs=1e-12)
+    terms = reliability(*zip(*rows, strict=True)).brier_decomposition()
+    assert terms.within_bins == pytest.approx(0, abs=1e-12)
 
 
 def test_certainty():

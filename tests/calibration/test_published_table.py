@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from levelhead.calibration import auroc, calibration_error, mann_whitney_p, payoff
+from levelhead.calibration import abstention, auroc, calibration_error, mann_whitney_p
 
 ANSWERS = Path(__file__).parents[3] / "shared" / "data" / "mcq_confidence" / "answers.parquet"
 
@@ -123,7 +123,9 @@ def test_abstention(answers, model, wrong, columns):
         judged_on.append(tuple(zip(*shuffled[20:], strict=True)))
 
     def points(parts, threshold):
-        return np.mean([payoff(*part, threshold, wrong=wrong).points for part in parts])
+        return np.mean(
+            [abstention(*part, threshold=threshold, wrong=wrong).points for part in parts]
+        )
 
     best = max(CANDIDATES, key=lambda threshold: points(chosen_on, threshold))
     found = tuple(per_cent(points(judged_on, threshold)) for threshold in (-np.inf, best))

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from levelhead.calibration import (
     ReliabilityTable,
-    brier_decomposition,
     brier_score,
     calibration_error,
     negative_log_likelihood,
@@ -82,7 +81,7 @@ def test_a_stream_has_the_measures_of_the_whole(rows, bins):
     nll = negative_log_likelihood(confidence, correct)
     assert pooled.negative_log_likelihood.item() == pytest.approx(nll)
     assert stream.brier_decomposition() == pytest.approx(
-        brier_decomposition(confidence, correct, bins=bins), abs=1e-12
+        reliability(confidence, correct, bins=bins).brier_decomposition(), abs=1e-12
     )
 
 

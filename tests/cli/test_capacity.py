@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 import transformers
 from tests.cli.trained import save_trained, text
 
-from levelhead.calibration import smoothed_margin
+from levelhead.calibration.capacity import smoothed_margin
 from levelhead.cli import main
 from levelhead.cli.models import load_model, load_tokenizer
 

@@ -1,11 +1,11 @@
-"""What withholding earns in a report: the public payoff, at many thresholds in one pass."""
+"""What withholding earns in a report: the public function, at many thresholds in one pass."""
 
 import math
 
 import pytest
 import torch
 
-from levelhead.calibration import payoff
+from levelhead import calibration
 from levelhead.cli.report import abstention
 
 
@@ -16,5 +16,8 @@ def test_it_is_the_payoff_at_every_threshold(monkeypatch, rows_at_a_time):
     correct = torch.rand(500) < score
     thresholds = [-math.inf, 0.5, 0.5, 0.3, math.inf, 1.0, 0.0, 0.301]
     for wrong in (1.0, 2.5):
-        expected = [payoff(score, correct, threshold, wrong=wrong) for threshold in thresholds]
+        expected = [
+            calibration.abstention(score, correct, threshold=threshold, wrong=wrong)
+            for threshold in thresholds
+        ]
         assert abstention._payoffs(score, correct, thresholds, wrong) == expected

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from levelhead.calibration import calibration_error
-from levelhead.objectives import recalibrate, scale_probabilities, smooth_probabilities
+from levelhead.objectives import recalibrate
+from levelhead.objectives.recalibration import scale_probabilities, smooth_probabilities
 
 
 @st.composite
@@ -96,3 +97,12 @@ def test_parameters_out_of_range_are_refused() -> None:
         scale_probabilities(torch.zeros(2), 0)
     with pytest.raises(ValueError, match=r"smoothing must lie in \[0, 1\], got 2"):
         smooth_probabilities(torch.zeros(2), 2)
+
+
+def test_worked_by_hand():
+    probability = torch.tensor([0.90, 0.05, 0.02, 0.01, 0.01])
+    assert scale_probabilities(probability.log(), 0.3).exp()[0].item() == pytest.approx(
+        0.823, abs=5e-4
+    )
+    moved = smooth_probabilities(torch.tensor([0.90, 0.06, 0.04]).log(), 0.1).exp()
+    torch.testing.assert_close(moved, torch.tensor([0.80, 0.11, 0.09]))

@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 from tests.objectives.test_recalibration import top_k
 from torch import Tensor
 
-from levelhead.objectives import (
-    Recalibration,
-    recalibrate,
-    scale_probabilities,
-    smooth_probabilities,
-)
+from levelhead.objectives import Recalibration, recalibrate
+from levelhead.objectives.recalibration import scale_probabilities, smooth_probabilities
 
 INF, NAN = torch.inf, torch.nan
 FUNCTIONS = [scale_probabilities, smooth_probabilities]

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from levelhead.objectives import distillation_loss, scale_probabilities, smooth_probabilities
+from levelhead.objectives import distillation_loss
 from levelhead.objectives.calibration_aware import (
     choice_probabilities,
     confidence_bins,
     ece_loss,
     rank_preserving_target,
 )
+from levelhead.objectives.recalibration import scale_probabilities, smooth_probabilities
 
 P = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
 X, W, IDS = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([[0, 1, 2]] * 2)

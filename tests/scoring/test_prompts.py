@@ -9,7 +9,8 @@ from tests.integrations.tiny_tokenizers import (
     word_level,
 )
 
-from levelhead.scoring import PHRASINGS, Prompter, Question
+from levelhead.scoring import Prompter, Question
+from levelhead.scoring.prompts import PHRASINGS
 
 QUESTION = Question("what {is} it?", ("plum", "fig", "apple", "pear"), 2)
 TIGHT = (

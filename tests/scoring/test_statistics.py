@@ -7,7 +7,9 @@ import torch
 from tests.integrations.tiny_models import VOCAB_SIZE, tiny
 
 from levelhead.integrations import patch_model
-from levelhead.scoring import Prompt, Question, score_prompts
+from levelhead.scoring import Question
+from levelhead.scoring.prompts import Prompt
+from levelhead.scoring.scores import score_prompts
 
 LETTERS = (11, 5, 23, 40, 8)
 

@@ -5,56 +5,34 @@ probability a model gave to its own answer, `score` any number that grows with t
 whether the answer was right.
 """
 
-from .abstention import Payoff, abstention_threshold, payoff
-from .binned import (
-    adaptive_bins,
-    calibration_error,
-    classwise_calibration_error,
-    reliability,
-)
-from .bootstrap import METRICS, RANKING_METRICS, Interval, compare, summarise
-from .capacity import (
-    Capacity,
-    HeadGeometry,
-    head_capacity,
-    head_geometry,
-    smoothed_loss_floor,
-    smoothed_margin,
-)
-from .proper import brier_decomposition, brier_score, negative_log_likelihood
+from .binned import calibration_error, classwise_calibration_error, reliability
+from .bootstrap import Interval, compare, summarise
+from .capacity import Capacity, head_capacity
+from .proper import brier_score, negative_log_likelihood
 from .ranking import RiskCoverage, auroc, mann_whitney_p, risk_coverage
 from .smooth import smooth_calibration_error
-from .table import BrierDecomposition, ReliabilityTable
+from .table import ReliabilityTable
 from .temperature import fit_temperature
+from .threshold import Abstention, abstention
 
 __all__ = [
-    "METRICS",
-    "RANKING_METRICS",
-    "BrierDecomposition",
+    "Abstention",
     "Capacity",
-    "HeadGeometry",
     "Interval",
-    "Payoff",
     "ReliabilityTable",
     "RiskCoverage",
-    "abstention_threshold",
-    "adaptive_bins",
+    "abstention",
     "auroc",
-    "brier_decomposition",
     "brier_score",
     "calibration_error",
     "classwise_calibration_error",
     "compare",
     "fit_temperature",
     "head_capacity",
-    "head_geometry",
     "mann_whitney_p",
     "negative_log_likelihood",
-    "payoff",
     "reliability",
     "risk_coverage",
     "smooth_calibration_error",
-    "smoothed_loss_floor",
-    "smoothed_margin",
     "summarise",
 ]

@@ -22,13 +22,13 @@ from .order import ascending, quantile_edges
 from .predictions import as_classes, as_predictions, as_tensor, check_choice
 from .table import Bins, Norm, ReliabilityTable, check_norm, fixed_edges, tabulate
 
-Binning = Literal["uniform", "quantile"]
+Binning = Literal["uniform", "quantile", "sweep"]
 
 
 def reliability(
     confidence: Any, correct: Any, *, bins: Bins = 10, binning: Binning = "uniform"
 ) -> ReliabilityTable:
-    """Sorts predictions into bins of confidence, with the mean confidence and the accuracy of each.
+    """Sort predictions into bins of confidence; return the mean confidence and the accuracy of each.
 
     Computed on the CPU in float64, whatever the input.
 
@@ -40,7 +40,9 @@ def reliability(
             takes them: half-open, the last one closed.
         binning: How a number of bins cuts. "uniform" cuts [0, 1] into bins of equal width.
             "quantile" lets every bin hold the same number of predictions, to within one; equal
-            confidences always share a bin, so ties can make bins uneven or empty.
+            confidences always share a bin, so ties can make bins uneven or empty. "sweep" cuts by
+            quantiles as often as the data bears, and does not read `bins`: into 1, 2, 3, ... bins
+            of equal count for as long as their accuracies do not fall.
 
     Returns:
         The table, B rows on the CPU. Tables over the same edges merge.
@@ -59,7 +61,7 @@ def reliability(
         0.5
     """
     confidence, correct = as_predictions(confidence, correct)  # (N,), (N,)
-    return tabulate(confidence, correct, bin_edges(confidence, bins, binning))
+    return tabulate(confidence, correct, bin_edges(confidence, correct, bins, binning))
 
 
 def calibration_error(
@@ -71,7 +73,7 @@ def calibration_error(
     norm: Norm = "l1",
     weighted: bool = True,
 ) -> float:
-    """How far confidence and accuracy lie apart, over the bins of the reliability table.
+    """Return how far confidence and accuracy lie apart, over the bins of the reliability table.
 
     With gap_b = accuracy_b - confidence_b and w_b = count_b / N, the defaults give the expected
     calibration error, ECE = sum_b w_b |gap_b|. Empty bins are skipped. Computed on the CPU in
@@ -80,16 +82,14 @@ def calibration_error(
     The default of ten equal bins is the field's, and does not depend on the data: runs compare, and
     tables merge. It is biased upward when bins are thin: noise in a bin's accuracy counts as
     error, some sqrt(accuracy (1 - accuracy) / count_b) a bin. With a few hundred predictions, or
-    confidences crowded at 1, let the data choose: `bins=adaptive_bins(confidence, correct)` with
-    `binning="quantile"` is ECE_sweep, the least biased of the binned estimates (Roelofs et al.
-    2022); `smooth_calibration_error` needs no bins.
+    confidences crowded at 1, let the data choose: `binning="sweep"` is ECE_sweep, the least biased
+    of the binned estimates (Roelofs et al. 2022); `smooth_calibration_error` needs no bins.
 
     Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
-            list of any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
-        bins: Number of bins, or their edges; see `reliability`.
-        binning: "uniform" (bins of equal width) or "quantile" (of equal count); see `reliability`.
+        confidence: As in `reliability`.
+        correct: As in `reliability`.
+        bins: As in `reliability`.
+        binning: As in `reliability`.
         norm: "l1", the mean of |gap_b| (ECE); "l2", the root of the mean of gap_b squared (RMS
             calibration error); "max", the largest |gap_b| (MCE).
         weighted: Whether the mean weighs bins by their counts; if not, every bin that is not empty
@@ -111,45 +111,6 @@ def calibration_error(
     return table.error(norm=norm, weighted=weighted)
 
 
-def adaptive_bins(confidence: Any, correct: Any) -> int:
-    """How many quantile bins these predictions bear: the monotonic sweep.
-
-    Accuracy should rise with confidence. The sweep cuts the predictions into 1, 2, 3, ... bins of
-    equal count for as long as the bins' accuracies do not fall, and returns the last number for
-    which they did not. Few or noisy predictions get few bins, many get many.
-
-    Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]; any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
-
-    Returns:
-        A number of bins, from 1 to N, for `binning="quantile"`.
-
-    Raises:
-        TypeError: As `reliability`.
-        ValueError: As `reliability`.
-
-    Example:
-        >>> confidence, correct = [0.6, 0.7, 0.8, 0.9], [0, 1, 0, 1]
-        >>> bins = adaptive_bins(confidence, correct)
-        >>> bins
-        2
-        >>> round(calibration_error(confidence, correct, bins=bins, binning="quantile"), 3)
-        0.25
-
-    References:
-        Roelofs, Cain, Shlens, Mozer. Mitigating bias in calibration error estimation. AISTATS 2022,
-        algorithm 1.
-    """
-    confidence, correct = as_predictions(confidence, correct)
-    pieces = [(ties.right, ties.right + ties.wrong) for ties in ascending(confidence, correct)]
-    right, count = (torch.cat(column).cumsum(0) for column in zip(*pieces, strict=True))
-    bins = 1
-    while bins < len(confidence) and _accuracy_rises(right, count, bins + 1):
-        bins += 1
-    return bins
-
-
 def classwise_calibration_error(
     probabilities: Any,
     target: Any,
@@ -159,7 +120,7 @@ def classwise_calibration_error(
     norm: Norm = "l1",
     weighted: bool = True,
 ) -> float:
-    """The calibration error of every class's probability, averaged over the C classes.
+    """Return the calibration error of every class's probability, averaged over the C classes.
 
     For class c, the predictions are all N probabilities of c, and an outcome is whether the target
     was c: (1 / C) sum_c calibration_error(probabilities[:, c], target == c).
@@ -168,10 +129,10 @@ def classwise_calibration_error(
         probabilities: Of each class, (N, C), in [0, 1]; rows need not sum to 1. For letters of a
             multiple choice, the softmax over their logits.
         target: The right class of each row, (N,), integers in [0, C).
-        bins: As in `calibration_error`.
-        binning: As in `calibration_error`; "quantile" cuts every class by itself.
-        norm: As in `calibration_error`, within a class; classes are averaged.
-        weighted: As in `calibration_error`.
+        bins: As in `calibration_error`, within a class.
+        binning: As in `calibration_error`, within a class.
+        norm: As in `calibration_error`, within a class.
+        weighted: As in `calibration_error`, within a class.
 
     Returns:
         The error, in [0, 1].
@@ -198,6 +159,33 @@ def classwise_calibration_error(
     return sum(errors) / len(errors)
 
 
+def bin_edges(confidence: Tensor, correct: Tensor, bins: Bins, binning: Binning) -> Tensor:
+    """Return the edges that the options of `reliability` ask for, (B + 1,) float64."""
+    check_choice("binning", binning, get_args(Binning))
+    edges = fixed_edges(bins)
+    if not isinstance(bins, int):
+        if binning != "uniform":
+            raise ValueError(
+                f"binning={binning!r} cuts a number of bins, but bins holds their edges; "
+                "leave one of them out"
+            )
+        _check_inside(confidence, edges)
+    if binning == "uniform":
+        return edges
+    quantiles = len(edges) - 1 if binning == "quantile" else _sweep(confidence, correct)
+    return quantile_edges(confidence, quantiles)
+
+
+def _sweep(confidence: Tensor, correct: Tensor) -> int:
+    """Return the last number of quantile bins before accuracy falls (Roelofs et al., algorithm 1)."""
+    pieces = [(ties.right, ties.right + ties.wrong) for ties in ascending(confidence, correct)]
+    right, count = (torch.cat(column).cumsum(0) for column in zip(*pieces, strict=True))
+    bins = 1
+    while bins < len(confidence) and _accuracy_rises(right, count, bins + 1):
+        bins += 1
+    return bins
+
+
 def _accuracy_rises(right: Tensor, count: Tensor, bins: int) -> bool:
     total = int(count[-1])
     rank = torch.arange(1, bins) * total // bins  # where bins begin, after the first
@@ -208,20 +196,6 @@ def _accuracy_rises(right: Tensor, count: Tensor, bins: int) -> bool:
     of_bin = torch.cat([zero, count])[begin].diff(), torch.cat([zero, right])[begin].diff()
     accuracy = of_bin[1] / of_bin[0].double()
     return bool((accuracy.diff() >= 0).all())
-
-
-def bin_edges(confidence: Tensor, bins: Bins, binning: Binning) -> Tensor:
-    """The edges that the options of `reliability` ask for, (B + 1,) float64, around all values."""
-    check_choice("binning", binning, get_args(Binning))
-    edges = fixed_edges(bins)
-    if not isinstance(bins, int):
-        if binning != "uniform":
-            raise ValueError(
-                f"binning={binning!r} cuts a number of bins, but bins holds their edges; "
-                "leave one of them out"
-            )
-        _check_inside(confidence, edges)
-    return quantile_edges(confidence, len(edges) - 1) if binning == "quantile" else edges
 
 
 def _check_inside(confidence: Tensor, edges: Tensor) -> None:

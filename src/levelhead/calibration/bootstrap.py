@@ -1,6 +1,6 @@
 """Every measure with a bootstrap interval, at a cost that hardly grows with the number of rows.
 
-The rows are dealt at random into at most 2,000 blocks of equal size, which the resamples draw. With
+The rows go at random into at most 2,000 blocks of equal size, which the resamples draw. With
 2,000 rows or fewer a block is a row: the ordinary bootstrap. With more, blocks of rows picked at
 random vary as rows do, and so does the interval, up to its own noise.
 
@@ -29,7 +29,7 @@ from .predictions import (
     check_int,
 )
 from .ranking import rank
-from .resampling import deal, draw, resampled_metrics, sum_blocks
+from .resampling import assign_blocks, draw, resampled_metrics, sum_blocks
 from .smooth import smooth_error
 from .table import Bins, tabulate
 
@@ -75,7 +75,7 @@ def summarise(
     confidence_level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Measures of calibration and of ranking, each with a percentile bootstrap interval.
+    """Return measures of calibration and of ranking, each with a percentile bootstrap interval.
 
     | name | what |
     |---|---|
@@ -92,7 +92,7 @@ def summarise(
 
     Args:
         confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
-            list of any shape (...). Any score will do if all `metrics` are in `RANKING_METRICS`.
+            list of any shape (...). Any score will do if all `metrics` are of accuracy, auroc and aurc.
         correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
         bins: As in `reliability`.
         binning: As in `reliability`.
@@ -140,7 +140,7 @@ def compare(
     confidence_level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Differences between two runs, second less first, each with a percentile bootstrap interval.
+    """Return differences between two runs, second less first, each with a percentile bootstrap interval.
 
     Args:
         first: (confidence, correct) of one run, each as in `summarise`.
@@ -150,8 +150,8 @@ def compare(
             itself.
         bins: As in `reliability`, for each run by itself.
         binning: As in `reliability`, for each run by itself.
-        metrics: As in `summarise`.
         cluster: As in `summarise`, of the rows of both runs; wants `paired`.
+        metrics: As in `summarise`.
         resamples: As in `summarise`.
         confidence_level: As in `summarise`.
         seed: As in `summarise`.
@@ -222,7 +222,7 @@ def _sample(
 ) -> _Sample:
     ranking = set(metrics) <= set(RANKING_METRICS)
     score, correct = (as_scores if ranking else as_predictions)(confidence, correct)
-    edges = None if ranking else bin_edges(score, bins, binning)
+    edges = None if ranking else bin_edges(score, correct, bins, binning)
     if cluster is None:
         return _Sample(score, correct, None, len(score), edges)
     cluster = as_tensor("cluster", cluster).flatten()
@@ -264,9 +264,9 @@ def _estimates(sample: _Sample, metrics: Sequence[str]) -> dict[str, float]:
 def _resample(
     sample: _Sample, estimates: dict[str, float], resamples: int, seed: int
 ) -> dict[str, Tensor]:
-    """Each measure of each resample, (resamples,); units and seed alone decide what is drawn."""
+    """Return each measure of each resample, (resamples,); units and seed alone decide what is drawn."""
     generator = torch.Generator().manual_seed(seed)
-    block = deal(sample.units, generator)
+    block = assign_blocks(sample.units, generator)
     block = block if sample.unit is None else block[sample.unit]
     sums = sum_blocks(sample.score, sample.correct, block, sample.edges)
     blocks = len(sums.total)
@@ -288,7 +288,7 @@ def _interval(estimate: float, resampled: Tensor | None, level: float) -> Interv
 
 def _check_options(metrics: Sequence[str], resamples: int, level: float, seed: int) -> float:
     if isinstance(metrics, str) or not isinstance(metrics, Sequence):
-        raise TypeError(f"metrics must be a list of names, got {metrics!r}; pass METRICS for all")
+        raise TypeError(f"metrics must be a list of names, got {metrics!r}; leave it out for all")
     for name in metrics:
         check_choice("metric", name, METRICS)
     check_int("resamples", resamples, 1000)

@@ -27,7 +27,7 @@ class Ties(NamedTuple):
 
 
 def ascending(score: Tensor, correct: Tensor) -> Iterator[Ties]:
-    """Yields all distinct scores in order, in pieces; equal scores never part.
+    """Yield all distinct scores in order, in pieces; equal scores never part.
 
     Sorting N float64 at once takes 24 N bytes or more. Scores are cut into ranges of some `PIECE`
     rows, each found by one more pass over the scores. A cut is a score, and has a piece to itself:
@@ -49,7 +49,7 @@ def ascending(score: Tensor, correct: Tensor) -> Iterator[Ties]:
 
 
 def quantile_edges(score: Tensor, bins: int) -> Tensor:
-    """The lowest score of each bin by rank, then the highest of all; no interpolation. (B + 1,)."""
+    """Return the lowest score of each bin by rank, then the highest of all; no interpolation. (B + 1,)."""
     rank = torch.arange(bins + 1) * len(score) // bins
     rank = rank.clamp(max=len(score) - 1)
     edges = torch.empty(bins + 1, dtype=torch.float64)
@@ -63,7 +63,7 @@ def quantile_edges(score: Tensor, bins: int) -> Tensor:
 
 
 def cells(score: Tensor, count: int) -> Tensor:
-    """Inner edges of at most `count` cells with about as many scores each, (K - 1,) ascending.
+    """Return the inner edges of at most `count` cells with about as many scores each, (K - 1,) ascending.
 
     A cell holds its lower edge. `count` distinct scores or fewer have a cell each, as far as a
     sample of 65,536 to 131,072 evenly spaced rows sees them all.
@@ -80,7 +80,7 @@ def _sample(score: Tensor) -> Tensor:
 
 
 def _between(score: Tensor, low: float, high: float) -> Tensor:
-    """Positions of the scores above `low` and below `high`."""
+    """Return the positions of the scores above `low` and below `high`."""
     found = [
         ((part > low) & (part < high)).nonzero().flatten().add_(CHUNK * i)
         for i, (part,) in enumerate(chunks(score))

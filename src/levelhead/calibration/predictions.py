@@ -15,21 +15,21 @@ CHUNK = 1 << 18  # rows
 
 
 def as_predictions(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:
-    """Confidence (N,) float64 in [0, 1] and outcomes (N,) bool, at least one of each."""
+    """Return confidence (N,) float64 in [0, 1] and outcomes (N,) bool, at least one of each."""
     confidence, correct = _as_columns("confidence", confidence, correct)
     check_probabilities("confidence", confidence)
     return confidence, correct
 
 
 def as_scores(score: Any, correct: Any) -> tuple[Tensor, Tensor]:
-    """Scores (N,) float64, any number but NaN, and outcomes (N,) bool, at least one of each."""
+    """Return scores (N,) float64, any number but NaN, and outcomes (N,) bool, at least one of each."""
     score, correct = _as_columns("score", score, correct)
     _check_values("score", score, valid=lambda part: ~part.isnan(), expected="a number, not NaN")
     return score, correct
 
 
 def chunks(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equally long columns, `CHUNK` rows at a time."""
+    """Yield equally long columns, `CHUNK` rows at a time."""
     return zip(*(torch.split(column, CHUNK) for column in columns), strict=True)
 
 
@@ -50,7 +50,7 @@ def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
 
 
 def as_number(name: str, value: Any) -> float:
-    """The number that an option holds, which may be a tensor or an array of one."""
+    """Return the number that an option holds, which may be a tensor or an array of one."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} is a constant here, and requires a gradient; pass {name}.item()")
     try:
@@ -83,7 +83,7 @@ def check_dense(name: str, values: object) -> None:
 
 
 def as_tensor(name: str, values: Any) -> Tensor:
-    """A detached tensor of real numbers on the CPU, of the caller's dtype where it has one."""
+    """Return a detached tensor of real numbers on the CPU, of the caller's dtype where it has one."""
     tensor = _as_tensor(name, values)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
@@ -116,7 +116,7 @@ def _as_tensor(name: str, values: Any) -> Tensor:
 
 
 def as_classes(name: str, values: Tensor, target: Any) -> Tensor:
-    """Right classes (N,) int64 for the (N, C) tensor called `name`, N and C at least 1."""
+    """Return the right classes (N,) int64 for the (N, C) tensor called `name`, N and C at least 1."""
     classes = as_tensor("target", target)
     if values.dim() != 2 or classes.shape != values.shape[:1] or 0 in values.shape:
         raise ValueError(

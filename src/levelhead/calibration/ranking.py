@@ -29,10 +29,8 @@ class Ranking(NamedTuple):
     """What one pass over the ordered scores finds.
 
     Attributes:
-        right: Answers that were right.
-        wrong: Answers that were wrong.
-        wins: Mann-Whitney's U of the right answers: pairs (right, wrong) in which the right answer
-            scored higher, ties counted half.
+        right, wrong: How many answers were so.
+        wins: Mann-Whitney's U: pairs (right, wrong) in which the right answer scored higher, ties counted half.
         ties: Sum over distinct scores of t^3 - t, t being how many answers have it.
         aurc: Area under the risk-coverage curve.
     """
@@ -45,7 +43,7 @@ class Ranking(NamedTuple):
 
     @property
     def auroc(self) -> float:
-        """Share of the pairs (right, wrong) that are in order; NaN if there are none."""
+        """Return the share of the pairs (right, wrong) that are in order; NaN if there are none."""
         pairs = self.right * self.wrong
         return self.wins / pairs if pairs else math.nan
 
@@ -67,7 +65,7 @@ class RiskCoverage(NamedTuple):
 
 
 def auroc(score: Any, correct: Any) -> float:
-    """Probability that a right answer scores higher than a wrong one, ties counted half.
+    """Return the probability that a right answer scores higher than a wrong one, ties counted half.
 
     The area under the ROC curve of the score as a predictor of correctness, in Mann-Whitney form:
     the share of all pairs (right, wrong) that are in order. Exact: pairs are counted.
@@ -93,7 +91,7 @@ def auroc(score: Any, correct: Any) -> float:
 
 
 def mann_whitney_p(score: Any, correct: Any) -> float:
-    """Two-sided p-value of the Mann-Whitney U test: do right and wrong answers score alike?
+    """Return the two-sided p-value of the Mann-Whitney U test: do right and wrong answers score alike?
 
     As `scipy.stats.mannwhitneyu` chooses by itself: exact if no scores tie and the smaller group has
     at most 8 answers, else the normal approximation with tie and continuity corrections. (With more
@@ -130,12 +128,11 @@ def mann_whitney_p(score: Any, correct: Any) -> float:
 
 
 def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> RiskCoverage:
-    """Risk against coverage, if only the answers with the highest scores are given.
+    """Return risk against coverage, if only the answers with the highest scores are given.
 
     The area is the mean, over k = 1 ... N, of the share of wrong answers among the k highest scores
     (AURC); among equal scores it takes the mean over all orders, so it does not depend on the order
-    of the input. The area of a perfect order of a model with accuracy a is about
-    1 - a + a log(a), not 0.
+    of the input. A perfect order of a model with accuracy a has an area of about 1 - a + a log(a), not 0.
 
     Args:
         score: As in `auroc`.
@@ -144,8 +141,8 @@ def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> Ris
             (at most one more). The area is exact either way.
 
     Returns:
-        The curve at every distinct score, or at `points` of them, and its area. If all answers are right the risk is 0
-        everywhere, if all are wrong 1.
+        The curve at every distinct score, or at `points` of them, and its area. The risk is 0
+        everywhere if all answers are right, 1 if all are wrong.
 
     Raises:
         TypeError: As `auroc`, or `points` is not an int.
@@ -181,7 +178,7 @@ def risk_coverage(score: Any, correct: Any, *, points: int | None = None) -> Ris
 
 
 def rank(score: Tensor, correct: Tensor) -> Ranking:
-    """Everything that the order of checked scores says, in one pass over them."""
+    """Return everything that the order of checked scores says, in one pass over them."""
     all_right, total = int(torch.count_nonzero(correct)), len(score)
     all_wrong = total - all_right
     twice_wins, ties_term, risk = 0, 0.0, 0.0
@@ -196,7 +193,7 @@ def rank(score: Tensor, correct: Tensor) -> Ranking:
 
 
 def risk_sums(right: Tensor, wrong: Tensor, above: Tensor, wrong_above: Tensor) -> Tensor:
-    """Sum of the risks at the k that fall into each group of equal scores.
+    """Return the sum of the risks at the k that fall into each group of equal scores.
 
     With n answers and w errors above the group, and m answers and e errors in it, the expected risk
     at its j-th answer is (w + e j / m) / (n + j), whose sum over j = 1 ... m is
@@ -213,7 +210,7 @@ def risk_sums(right: Tensor, wrong: Tensor, above: Tensor, wrong_above: Tensor) 
 
 
 def _with_those_above(score: Tensor, correct: Tensor) -> Iterator[tuple[Ties, Tensor, Tensor]]:
-    """Yields distinct scores, ascending, with how many higher ones were right, and wrong."""
+    """Yield distinct scores, ascending, with how many higher ones were right, and wrong."""
     right_left = int(torch.count_nonzero(correct))
     wrong_left = len(correct) - right_left
     for ties in ascending(score, correct):
@@ -226,7 +223,7 @@ def _with_those_above(score: Tensor, correct: Tensor) -> Iterator[tuple[Ties, Te
 def _thinned(
     score: Tensor, answered: Tensor, errors: Tensor, total: int, points: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ascending scores, the highest, and those whose coverage is the next of `points` steps."""
+    """Keep, of ascending scores, the highest, and those whose coverage is the next of `points` steps."""
     if points is None:
         return score, answered, errors
     step = answered * points // total
@@ -236,7 +233,7 @@ def _thinned(
 
 
 def _share_of_orders(u: int, few: int, many: int) -> float:
-    """Probability that U <= u if all orders of `few` and `many` distinct scores are as likely.
+    """Return the probability that U <= u if all orders of `few` and `many` distinct scores are as likely.
 
     The orders with U = j are counted by the coefficient of q^j in the Gaussian binomial
     prod_i (1 - q^(many + i)) / (1 - q^i), i = 1 ... few; each factor is a shift or a running sum.

@@ -1,4 +1,4 @@
-"""Bootstrap resamples of sums: rows are dealt into blocks once, and blocks are drawn.
+"""Bootstrap resamples of sums: rows are put into blocks once, and blocks are drawn.
 
 A measure that follows from sums over rows (of outcomes, losses, members of a bin) follows, in a
 resample, from sums over the blocks drawn. All resamples of all sums are one matrix product,
@@ -40,8 +40,8 @@ class BlockSums(NamedTuple):
     loss: Tensor
 
 
-def deal(units: int, generator: torch.Generator) -> Tensor:
-    """The block of each unit, (units,) int16: at most `BLOCKS`, of equal size to within one unit."""
+def assign_blocks(units: int, generator: torch.Generator) -> Tensor:
+    """Return the block of each unit, (units,) int16: at most `BLOCKS`, of equal size to within one unit."""
     if units <= BLOCKS:
         return torch.arange(units, dtype=torch.int16)
     shuffled = torch.randperm(units, generator=generator, dtype=torch.int32)
@@ -49,7 +49,7 @@ def deal(units: int, generator: torch.Generator) -> Tensor:
 
 
 def sum_blocks(score: Tensor, correct: Tensor, block: Tensor, edges: Tensor | None) -> BlockSums:
-    """The sums of checked columns (N,), given the block of each row; `edges` of bins, if any."""
+    """Return the sums of checked columns (N,), given the block of each row; `edges` of bins, if any."""
     blocks, bins = int(block.max()) + 1, 0 if edges is None else len(edges) - 1
     cuts = cells(score, CELLS)
 
@@ -75,7 +75,7 @@ def sum_blocks(score: Tensor, correct: Tensor, block: Tensor, edges: Tensor | No
 
 
 def draw(blocks: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """How often each resample draws each block, (resamples, blocks) float32, some at a time."""
+    """Yield how often each resample draws each block, (resamples, blocks) float32, some at a time."""
     for begin in range(0, resamples, _BATCH):
         batch = min(_BATCH, resamples - begin)
         drawn = torch.randint(blocks, (batch, blocks), generator=generator)
@@ -84,7 +84,7 @@ def draw(blocks: int, resamples: int, generator: torch.Generator) -> Iterator[Te
 
 
 def resampled_metrics(weight: Tensor, sums: BlockSums) -> dict[str, Tensor]:
-    """Every measure of each resample, (S,) float64, given its weights (S, R) of the blocks."""
+    """Return every measure of each resample, (S,) float64, given its weights (S, R) of the blocks."""
     exact = weight.double()
     count, right = (exact @ sums.total).unbind(1)
     # Counts below 2^24 are exact in float32, which takes half the time.
@@ -100,7 +100,7 @@ def resampled_metrics(weight: Tensor, sums: BlockSums) -> dict[str, Tensor]:
 
 
 def _count(into: Tensor, row: Tensor, column: Tensor, value: Tensor | None = None) -> None:
-    """Adds 1, or the value, at each (row, column)."""
+    """Add 1, or the value, at each (row, column)."""
     value = into.new_ones(()) if value is None else value
     into.index_put_((row, column), value, accumulate=True)
 

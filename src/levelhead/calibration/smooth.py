@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from .predictions import as_predictions, chunks
+from .root import increasing_root
 
 GRID = 1 << 14  # steps across [0, 1]
 _TOLERANCE = 1e-10
 
 
 def smooth_calibration_error(confidence: Any, correct: Any) -> float:
-    """Smooth ECE: the calibration error after a Gaussian kernel, at the bandwidth equal to it.
+    """Return the smooth ECE: the calibration error after a Gaussian kernel, at the bandwidth equal to it.
 
     With residuals correct_i - confidence_i and the Gaussian kernel K_s of bandwidth s, reflected at
     0 and 1, smECE_s = integral over t in [0, 1] of |(1 / N) sum_i K_s(t, confidence_i)
@@ -26,9 +27,8 @@ def smooth_calibration_error(confidence: Any, correct: Any) -> float:
     less: 6e-5 at worst, 4e-7 at an error of 0.01.
 
     Args:
-        confidence: Probability the model gave to its own answer, in [0, 1]: a tensor, an array or a
-            list of any shape (...).
-        correct: Whether that answer was right, same shape (...): booleans, or zeros and ones.
+        confidence: As in `reliability`.
+        correct: As in `reliability`.
 
     Returns:
         The error, in [0, 1]. Computed on the CPU in float64.
@@ -49,27 +49,18 @@ def smooth_calibration_error(confidence: Any, correct: Any) -> float:
 
 
 def smooth_error(confidence: Tensor, correct: Tensor) -> float:
-    """`smooth_calibration_error` of checked columns."""
+    """Return `smooth_calibration_error` of checked columns."""
     residual = _residual_grid(confidence, correct, GRID)
     spectrum = torch.fft.rfft(_reflected(residual))
-    # What the error is in excess of the bandwidth falls from above 0 at 0 to 0 or less at 1, with
-    # slope -1 or steeper: it bounds the distance to the zero, which regula falsi finds. An end that
-    # stays twice counts half (Illinois), or the bracket would close from one side only.
-    low, high, stayed = 0.0, 1.0, 0
-    above, below = _smoothed(spectrum, low), _smoothed(spectrum, high) - 1
-    at, excess = low, above
-    while abs(excess) > _TOLERANCE:
-        at = (low * below - high * above) / (below - above)
-        excess = _smoothed(spectrum, at) - at
-        if excess > 0:
-            low, above, below, stayed = at, excess, below / (2 if stayed > 0 else 1), 1
-        else:
-            high, below, above, stayed = at, excess, above / (2 if stayed < 0 else 1), -1
-    return at
+
+    def excess(bandwidth: float) -> float:
+        return bandwidth - _smoothed(spectrum, bandwidth)  # rises with slope 1 or steeper
+
+    return increasing_root(excess, 0.0, excess(0.0), 1.0, excess(1.0), tolerance=_TOLERANCE)
 
 
 def _residual_grid(confidence: Tensor, correct: Tensor, grid: int) -> Tensor:
-    """Mean residual at the points i / grid, each prediction's shared by its neighbours, (grid + 1,)."""
+    """Return the mean residual at i / grid, each prediction's shared by its neighbours, (grid + 1,)."""
     mass = torch.zeros(grid + 1, dtype=torch.float64)
     for c, y in chunks(confidence, correct):
         left = (c * grid).long().clamp(max=grid - 1)
@@ -81,7 +72,7 @@ def _residual_grid(confidence: Tensor, correct: Tensor, grid: int) -> Tensor:
 
 
 def _reflected(mass: Tensor) -> Tensor:
-    """One period of the mass mirrored at 0 and 1, where each end is its own image; (2 grid,)."""
+    """Return one period of the mass mirrored at 0 and 1, where each end is its own image; (2 grid,)."""
     ends = mass.clone()
     ends[[0, -1]] *= 2
     return torch.cat([ends, ends[1:-1].flip(0)])

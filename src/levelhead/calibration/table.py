@@ -185,10 +185,25 @@ class ReliabilityTable:
         return math.sqrt((weight * gap.square()).sum().item())
 
     def brier_decomposition(self) -> BrierDecomposition:
-        """Murphy's decomposition of the Brier score over these bins; see `brier_decomposition`.
+        """Return the Brier score as reliability - resolution + uncertainty + what bins hide.
+
+        With o the overall accuracy and w_b = count_b / N: reliability = sum_b w_b (confidence_b -
+        accuracy_b)^2, the square of the weighted "l2" error; resolution = sum_b w_b
+        (accuracy_b - o)^2; uncertainty = o (1 - o).
 
         Returns:
             The four terms; all NaN if the table is empty.
+
+        Example:
+            >>> table = reliability([0.2, 0.2, 0.8, 0.8], [0, 1, 1, 1])
+            >>> [round(term, 4) for term in table.brier_decomposition()]
+            [0.065, 0.0625, 0.1875, 0.0]
+
+        References:
+            Murphy. A new vector partition of the probability score. Journal of Applied Meteorology
+            12, 1973.
+            Stephenson, Coelho, Jolliffe. Two extra components in the Brier score decomposition.
+            Weather and Forecasting 23, 2008.
         """
         total = self.pooled()
         if not int(total.count):
@@ -205,7 +220,7 @@ class ReliabilityTable:
 
 
 def tabulate(confidence: Tensor, correct: Tensor, edges: Tensor) -> ReliabilityTable:
-    """The table of checked columns, (N,) float64 and (N,) bool, all within the edges."""
+    """Return the table of checked columns, (N,) float64 and (N,) bool, all within the edges."""
     table = ReliabilityTable.empty(edges)
     for c, y in chunks(confidence, correct):
         table = table.merge(_tabulate(c, y, edges))
@@ -213,19 +228,19 @@ def tabulate(confidence: Tensor, correct: Tensor, edges: Tensor) -> ReliabilityT
 
 
 def squared_error(confidence: Tensor, correct: Tensor) -> Tensor:
-    """(confidence - correct)^2 of each prediction."""
+    """Return (confidence - correct)^2 of each prediction."""
     return (confidence - correct.double()).square()
 
 
 def log_loss(confidence: Tensor, correct: Tensor) -> Tensor:
-    """-log of the probability that each outcome was given, nats."""
+    """Return -log of the probability that each outcome was given, nats."""
     tiny = torch.finfo(torch.float64).eps
     confidence = confidence.clamp(tiny, 1 - tiny)
     return -torch.where(correct, confidence, 1 - confidence).log()
 
 
 def fixed_edges(bins: Bins) -> Tensor:
-    """The edges that were given, or those of so many equal bins of [0, 1]; (B + 1,) float64."""
+    """Return the edges that were given, or those of so many equal bins of [0, 1]; (B + 1,) float64."""
     if isinstance(bins, bool | float | str):
         raise TypeError(
             f"bins must be an int, got {bins!r}; pass a number of bins such as 10, or their edges"
@@ -251,7 +266,7 @@ def check_norm(norm: str) -> None:
 
 
 def bin_index(confidence: Tensor, edges: Tensor) -> Tensor:
-    """The bin of each confidence, (N,) int64, all within the edges."""
+    """Return the bin of each confidence, (N,) int64, all within the edges."""
     # Only the inner edges decide, so what equals the topmost edge stays in the last bin. A softmax
     # in float32 is exactly 1.0 from a logit gap of about 17 on: a half-open top bin would lose the
     # most confident predictions.

@@ -5,23 +5,24 @@ split that neither trained the model nor reports its calibration.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .predictions import as_classes, as_tensor
+from .root import increasing_root
 
-BOUNDS = (0.01, 100.0)
+_LIMIT = 100.0  # T and 1 / T at most
 _ENTRIES = 1 << 22  # logits at a time
 
 
 def fit_temperature(logits: Any, target: Any) -> float:
-    """The temperature T that minimises the negative log-likelihood of softmax(logits / T).
+    """Return the temperature T that minimises the negative log-likelihood of softmax(logits / T).
 
-    In the inverse temperature b = 1 / T the likelihood of an exponential family is convex: its
-    derivative, mean over rows of E_p[logit] - logit of the target, rises with b, and its only zero
-    is found by Newton's method in log b, kept inside a bracket that halves at worst.
+    It is convex in b = 1 / T: its derivative, the mean over rows of E_p[logit] - logit of the
+    target, rises with b. Regula falsi (Illinois) in log b finds its only zero.
 
     Apply the result with `torch.softmax(logits / T, -1)`, or `torch.sigmoid(logits / T)` for (N,);
     hold out the rows it was fitted on: fitted and reported on the same rows, calibration looks
@@ -38,15 +39,14 @@ def fit_temperature(logits: Any, target: Any) -> float:
             0 or 1.
 
     Returns:
-        T, in [0.01, 100], to a relative 1e-12 or so. The bounds are returned where there is no
-        minimum between them: 0.01 if every target has its row's largest logit (any sharpening
-        helps), 100 if the logits point away from the targets. 1 if all logits are equal, when T
-        changes nothing.
+        T, in (0.01, 100), to a relative 1e-12 or so; 1 if all logits are equal, when T changes
+        nothing.
 
     Raises:
         TypeError: `logits` or `target` does not hold numbers.
         ValueError: Shapes do not fit, nothing was given, a logit is NaN or +inf, a target is no class or has
-            logit -inf.
+            logit -inf. No T is best: every target has its row's largest logit (T would fall to 0),
+            or the logits point away from the targets (T would rise without end).
 
     Example:
         >>> logits = torch.tensor([[4.0, 0.0]] * 4)  # 98 % sure,
@@ -68,40 +68,67 @@ def fit_temperature(logits: Any, target: Any) -> float:
     logits, target = _checked(logits, target)
     if bool((logits.isneginf() | (logits == logits.gather(1, target[:, None]))).all()):
         return 1.0
-    low, high = (math.log(1 / bound) for bound in reversed(BOUNDS))  # of log b
-    if _slope(logits, target, math.exp(high))[0] <= 0:
-        return BOUNDS[0]
-    if _slope(logits, target, math.exp(low))[0] >= 0:
-        return BOUNDS[1]
-    at = 0.0
-    while high - low > 1e-13:
-        slope, curvature = _slope(logits, target, math.exp(at))
-        if slope > 0:
-            high = at
-        else:
-            low = at
-        # d/d(log b) of the slope is b times the curvature.
-        step = slope / (math.exp(at) * curvature) if curvature > 0 else math.inf
-        if abs(step) < 1e-13:
-            break
-        at = at - step if low < at - step < high else (low + high) / 2
-    return math.exp(-at)
+    return best_temperature(
+        lambda inverse: _slope(logits, target, inverse), len(logits), "rows", tolerance=1e-12
+    )
 
 
-def _slope(logits: Tensor, target: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the mean NLL by the inverse temperature."""
-    slope = curvature = 0.0
+def best_temperature(
+    slope: Callable[[float], float], count: int, unit: str, *, tolerance: float
+) -> float:
+    """Return the temperature at which the negative log-likelihood is least.
+
+    Args:
+        slope: Derivative of the mean negative log-likelihood by 1 / T, at 1 / T; it rises.
+        count: How many rows or tokens the likelihood is of, for errors.
+        unit: What to call them.
+        tolerance: Of log T.
+
+    Raises:
+        ValueError: The likelihood still rises at T = 0.01 or at T = 100.
+    """
+
+    def of_log(log_inverse: float) -> float:
+        return slope(math.exp(log_inverse))
+
+    # The root is sought near T = 1 first: most models are off by less than a factor of 4.
+    limit, step = math.log(_LIMIT), math.log(4)
+    low = high = 0.0
+    at_low = at_high = of_log(0.0)
+    while at_low > 0 and low > -limit:
+        high, at_high = low, at_low
+        low = max(low - step, -limit)
+        at_low = of_log(low)
+    while at_high <= 0 and high < limit:
+        low, at_low = high, at_high
+        high = min(high + step, limit)
+        at_high = of_log(high)
+    if at_high <= 0:
+        raise ValueError(
+            f"the likelihood still rises at a temperature of {1 / _LIMIT:g}: the model gets these "
+            f"{count} {unit} right; fit on more {unit}, and on such as it has not seen"
+        )
+    if at_low > 0:
+        alternative = {"tokens": "token", "rows": "class"}[unit]
+        raise ValueError(
+            f"the likelihood still rises at a temperature of {_LIMIT:g}: on these "
+            f"{count} {unit} the model does no better than one that gives every {alternative} "
+            "the same probability, which no temperature mends"
+        )
+    return math.exp(-increasing_root(of_log, low, at_low, high, at_high, tolerance=tolerance))
+
+
+def _slope(logits: Tensor, target: Tensor, inverse: float) -> float:
+    """Return the derivative of the mean NLL by the inverse temperature."""
+    slope = 0.0
     rows = max(1, _ENTRIES // logits.shape[1])
     for piece, right in zip(torch.split(logits, rows), torch.split(target, rows), strict=True):
         z = piece.double()
         z = z - z.gather(1, right[:, None])  # from the target's: the loss does not change
         # -inf times a probability of 0 would be NaN; this far down the product is 0 as it should.
         z = z.clamp(min=-1e100)
-        p = torch.softmax(inverse * z, 1)
-        mean = (p * z).sum(1, keepdim=True)
-        slope += mean.sum().item()
-        curvature += (p * (z - mean).square()).sum().item()
-    return slope / len(logits), curvature / len(logits)
+        slope += (torch.softmax(inverse * z, 1) * z).sum().item()
+    return slope / len(logits)
 
 
 def _checked(logits: Any, target: Any) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """A model and tokens of the user's data for it to read: for verbs that look at what reaches its head."""
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from .sft.tokens import Collator, Tokens, encode
 from .sources import open_source
 
 
-def read_model(arguments: argparse.Namespace) -> Any:
+def read_model(arguments: Any) -> Any:
     """The model of the command line in eval mode and its own dtype, on the accelerator if there is one.
 
     Raises:
@@ -30,7 +29,7 @@ def read_model(arguments: argparse.Namespace) -> Any:
     return model.to(device).eval()
 
 
-def read_tokenizer(arguments: argparse.Namespace) -> Any:
+def read_tokenizer(arguments: Any) -> Any:
     """The tokenizer of the command line.
 
     Raises:
@@ -41,7 +40,7 @@ def read_tokenizer(arguments: argparse.Namespace) -> Any:
     )
 
 
-def read_rows(arguments: argparse.Namespace, tokenizer: Any) -> Dataset:
+def read_rows(arguments: Any, tokenizer: Any) -> Dataset:
     """The rows of DATA as Tokens, in an order that the seed decides.
 
     Of a text every token but the first counts; of rows, what `levelhead sft` would have a loss at.
@@ -84,9 +83,7 @@ def _pieces(path: Path, tokenizer: Any, length: int) -> Dataset:
     return Dataset.from_dict(dict.fromkeys(Tokens._fields, pieces))
 
 
-def batches(
-    rows: Dataset, arguments: argparse.Namespace, tokenizer: Any
-) -> Iterator[dict[str, Tensor]]:
+def batches(rows: Dataset, arguments: Any, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """The rows, padded together, as arguments of the model's forward."""
     collate = Collator(tokenizer.pad_token_id or 0)
     for start in range(0, len(rows), arguments.batch_size):

@@ -2,7 +2,7 @@
 
 from .distillation import Distillation, distillation_loss
 from .rcft import CalibrationAware
-from .recalibration import Recalibration, recalibrate, scale_probabilities, smooth_probabilities
+from .recalibration import Recalibration, recalibrate
 
 __all__ = [
     "CalibrationAware",
@@ -10,6 +10,4 @@ __all__ = [
     "Recalibration",
     "distillation_loss",
     "recalibrate",
-    "scale_probabilities",
-    "smooth_probabilities",
 ]

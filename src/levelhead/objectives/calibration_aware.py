@@ -58,7 +58,7 @@ class BinCounts(NamedTuple):
 
 
 def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
-    """Probability of each choice of a question: the softmax over its letters alone.
+    """Return the probability of each choice of a question: the softmax over its letters alone.
 
     Args:
         picked: logits of the letters, (..., C): `LogitStats.picked` at the position that predicts the answer.
@@ -73,9 +73,6 @@ def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
         TypeError: `picked` is not floating point, or `choices` not integer.
         ValueError: shapes or devices differ, or a question has fewer than two choices. Values on an
             accelerator, or in a compiled graph, are not looked at; there such a question gets NaN.
-
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
 
     Example:
         >>> import torch
@@ -102,7 +99,7 @@ def choice_probabilities(picked: Tensor, choices: Tensor) -> Tensor:
 def confidence_bins(
     probabilities: Tensor, target: Tensor, *, bins: int = 10, valid: Tensor | None = None
 ) -> BinCounts:
-    """E-step: how many questions are in each question's bin of confidence, and how many of them are right.
+    """E-step: count the questions in each question's bin of confidence, and how many of them are right.
 
     Bins have equal width and hold their lower edge; the last one holds 1, too. Computed in float64.
 
@@ -121,9 +118,6 @@ def confidence_bins(
         ValueError: shapes do not go together, there is no question, one has fewer than two choices, a
             probability is outside [0, 1] or NaN, or a target is not one of the choices.
 
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
-
     Example:
         >>> import torch
         >>> p = torch.tensor([[0.95, 0.05], [0.92, 0.08], [0.4, 0.6]])
@@ -131,24 +125,21 @@ def confidence_bins(
         BinCounts(right=tensor([1, 1, 1]), size=tensor([2, 2, 1]))
     """
     p, answer, there = _questions(probabilities, target, valid)
-    confidence, said = p.masked_fill(~there, -1).max(-1)
-    counts = _of_bins(confidence, said == answer, bins)
+    confidence, predicted = p.masked_fill(~there, -1).max(-1)
+    counts = _of_bins(confidence, predicted == answer, bins)
     return BinCounts(*(column.to(probabilities.device) for column in counts))
 
 
 def classwise_bins(
     probabilities: Tensor, target: Tensor, *, bins: int = 10, valid: Tensor | None = None
 ) -> BinCounts:
-    """E-step by class: the bins of `confidence_bins` for the probability of each choice by itself.
-
-    The regulariser it belongs to is that of the classwise error, the mean over the C choices. A
-    choice counts among the questions that have it.
+    """E-step of the classwise error: the bins of `confidence_bins` for each choice by itself.
 
     Args:
         probabilities: as `confidence_bins`.
         target: as `confidence_bins`.
         bins: as `confidence_bins`.
-        valid: as `confidence_bins`.
+        valid: as `confidence_bins`; a choice counts among the questions that have it.
 
     Returns:
         BinCounts, (N, C), on the device of `probabilities`.
@@ -157,16 +148,11 @@ def classwise_bins(
         TypeError: as `confidence_bins`.
         ValueError: as `confidence_bins`.
 
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
-
     Example:
         >>> import torch
         >>> p = torch.tensor([[0.95, 0.05], [0.92, 0.08]])
-        >>> classwise_bins(p, torch.tensor([0, 1]))
-        BinCounts(right=tensor([[1, 1],
-                [1, 1]]), size=tensor([[2, 2],
-                [2, 2]]))
+        >>> classwise_bins(p, torch.tensor([0, 1])).size.tolist()
+        [[2, 2], [2, 2]]
     """
     p, answer, there = _questions(probabilities, target, valid)
     right = torch.zeros(p.shape, dtype=torch.int64)
@@ -181,7 +167,7 @@ def classwise_bins(
 def rank_preserving_target(
     probabilities: Tensor, accuracy: Tensor, *, valid: Tensor | None = None
 ) -> Tensor:
-    """What the probabilities of a question should be, if its answer is right with probability `accuracy`.
+    """Return what the probabilities of a question should be, if its answer is right with probability `accuracy`.
 
     The likeliest choice (of equals, the first) gets `accuracy`; the others share the rest in the
     order they have. With s the second largest probability and m = C - 1 the number of the others,
@@ -191,9 +177,8 @@ def rank_preserving_target(
         t_j   = a * (1 + tanh(gamma * p_j))
 
     so that the others sum to 1 - accuracy and lie in [a, 2a]. The paper has this for four choices. Of its
-    two threes, the one added to the sum is m here; that of gamma stays, so that how the others compare with one
-    another does not depend on how many there are. The likeliest choice may get less than others: where
-    accuracy is 0, nothing.
+    two threes, the one added to the sum is m here; that of gamma stays, so that how the others compare
+    does not depend on their number. The likeliest choice may get less than others: where accuracy is 0, nothing.
 
     Args:
         probabilities: (..., C), in [0, 1].
@@ -210,9 +195,6 @@ def rank_preserving_target(
         ValueError: shapes or devices do not go together, a question has fewer than two choices, or a
             probability or an accuracy is NaN or outside [0, 1]. Values on an accelerator, or in a
             compiled graph, are not looked at; there they make the targets of their question NaN.
-
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
 
     Example:
         >>> import torch
@@ -263,8 +245,7 @@ def ece_loss(
         probabilities: of the questions of a batch, (B, C), in [0, 1].
         right: from the E-step over the whole training set, (B,), integer in [0, size].
         size: the same, (B,), integer, at least 1.
-        valid: which choices there are, (B, C), bool; None: all of them. Where there is none,
-            `probabilities` may hold anything.
+        valid: as `rank_preserving_target`.
 
     Returns:
         (B,), at least 0; dtype of `probabilities`, in which it is differentiable.
@@ -274,13 +255,9 @@ def ece_loss(
         ValueError: as `rank_preserving_target`, or no bin has these numbers of questions. Where
             values are not looked at, the loss of the question is NaN.
 
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
-
     Example:
         >>> import torch
-        >>> p = torch.tensor([[0.9, 0.1]])
-        >>> ece_loss(p, right=torch.tensor([1]), size=torch.tensor([2]))
+        >>> ece_loss(torch.tensor([[0.9, 0.1]]), right=torch.tensor([1]), size=torch.tensor([2]))
         tensor([0.1600])
     """
     there = which_choices(probabilities, valid)
@@ -297,7 +274,7 @@ def ece_loss(
 
 
 def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Tensor:
-    """M-step by class: the squared distance of each probability to the frequency of its bin.
+    """M-step of the classwise error: the squared distance of each probability to the frequency of its bin.
 
         loss_i = 1 / C * sum_j 1 / size_ij * (p_ij - right_ij / size_ij)**2
 
@@ -313,9 +290,6 @@ def classwise_ece_loss(probabilities: Tensor, right: Tensor, size: Tensor) -> Te
     Raises:
         TypeError: as `ece_loss`.
         ValueError: as `ece_loss`.
-
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
 
     Example:
         >>> import torch

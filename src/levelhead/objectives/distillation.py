@@ -1,7 +1,11 @@
-"""Distillation from a teacher's few largest probabilities: the loss of FIRST, without the student's logits."""
+"""Distillation from a teacher's few largest probabilities: the loss of FIRST, without the student's logits.
+
+References:
+    Shum et al. 2024, https://arxiv.org/abs/2408.12168 (FIRST).
+"""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, logical_and
@@ -23,8 +27,18 @@ from .checks import (
 
 Normalisation = Literal["renormalised", "full", "other"]
 Reduction = Literal["mean", "sum", "batchmean", "none"]
-# linear_weight follows input; then linear_bias, softcap, logit_scale and impl.
-_Head = tuple[Tensor, Tensor, Tensor | None, float | None, float, Impl | None]
+
+
+class _Student(NamedTuple):
+    """What the student's logits are made of."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    impl: Impl | None = None
+
 
 _PAD = (
     "give each candidate once, pad with the log-probability -inf, and mark a token without a teacher by ignore_index "
@@ -114,10 +128,10 @@ def distillation_loss(
             "reduction='batchmean' needs a first dimension of tokens, and input of shape "
             f"{tuple(input.shape)} is one token; use 'sum'"
         )
-    head = (input, linear_weight, linear_bias, softcap, logit_scale, impl)
+    student = _Student(input, linear_weight, linear_bias, softcap, logit_scale, impl)
     # Beside a narrow dtype torch wraps a number around before it compares.
     counts = teacher_ids[..., 0].long() != ignore_index
-    losses = _losses(head, teacher_ids, teacher_log_probs, counts, normalisation)
+    losses = _losses(student, teacher_ids, teacher_log_probs, counts, normalisation)
     if reduction == "none":
         return losses
     if reduction == "mean":
@@ -139,9 +153,6 @@ class Distillation:
 
     Raises:
         ValueError: ``normalisation`` is unknown.
-
-    References:
-        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (FIRST).
 
     Example:
         >>> model = set_objective(patch_model(model), Distillation("renormalised"))
@@ -167,7 +178,7 @@ class Distillation:
         teacher_ids: Tensor,
         teacher_log_probs: Tensor,
     ) -> Tensor:
-        """The loss of each token.
+        """Return the loss of each token.
 
         Args:
             input: the student's hidden states, shape ``(..., T, D)``.
@@ -194,22 +205,21 @@ class Distillation:
         counts = logical_and(
             teacher_ids[..., 0].long() != IGNORE_INDEX, target.long() != IGNORE_INDEX
         )
-        head = (input, linear_weight, linear_bias, softcap, logit_scale, None)
-        return _losses(head, teacher_ids, teacher_log_probs, counts, self.normalisation)
+        student = _Student(input, linear_weight, linear_bias, softcap, logit_scale)
+        return _losses(student, teacher_ids, teacher_log_probs, counts, self.normalisation)
 
 
 def _losses(
-    head: _Head,
+    student: _Student,
     teacher_ids: Tensor,
     teacher_log_probs: Tensor,
     counts: Tensor,
     normalisation: Normalisation,
 ) -> Tensor:
-    """The loss of each token, (...), 0 where it does not count."""
-    input, linear_weight, linear_bias, softcap, logit_scale, impl = head  # noqa: A001
+    """Return the loss of each token, (...), 0 where it does not count."""
     # Tokens that count nowhere may hold NaN: student and teacher become uniform there, with a sum that is below 1 for
     # any k. The logarithm of k would be a constant to the compiler.
-    teacher = teacher_log_probs.detach().to(statistics_dtype(input.dtype))
+    teacher = teacher_log_probs.detach().to(statistics_dtype(student.input.dtype))
     row = counts[..., None]
     teacher = teacher.where(row, -30)
     candidates = teacher != -torch.inf
@@ -217,54 +227,38 @@ def _losses(
     ids = teacher_ids.long().where(there, -1)  # which picks nothing
     teacher = refuse(
         teacher,
-        outside("teacher_ids", ids, len(linear_weight), _PAD, there=there),
+        outside("teacher_ids", ids, len(student.linear_weight), _PAD, there=there),
         twice("teacher_ids", ids, _PAD),
         no_candidates(candidates),
         no_log_probs(teacher),
     )
     pick = _picked if normalisation == "renormalised" else _picked_of_all
-    picked, logsumexp = pick(input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
+    picked, logsumexp = pick(student, ids)
     if logsumexp is not None:
         logsumexp = logsumexp.where(counts, 0)
     picked = picked.where(row, 0).where(candidates, -torch.inf)  # no candidate is in no sum
     return _divergence(teacher, picked, logsumexp, normalisation).where(counts, 0)
 
 
-def _picked_of_all(
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    ids: Tensor,
-    linear_bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    impl: Impl | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The student's logits at ``ids``, (..., k), and their logsumexp over the vocabulary, (...), relative to max."""
+def _picked_of_all(student: _Student, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the student's logits at ``ids``, (..., k), and their logsumexp over the vocabulary, relative to max."""
     stats = linear_logit_stats(
-        input,
-        linear_weight,
+        student.input,
+        student.linear_weight,
         ids,
-        linear_bias=linear_bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        impl=impl,
+        linear_bias=student.linear_bias,
+        softcap=student.softcap,
+        logit_scale=student.logit_scale,
+        impl=student.impl,
     )
     return stats.picked - stats.max[..., None], stats.relative_logsumexp
 
 
-def _picked(
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    ids: Tensor,
-    linear_bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    impl: Impl | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The student's logits at ``ids`` alone, without a pass over the vocabulary."""
+def _picked(student: _Student, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the student's logits at ``ids`` alone, without a pass over the vocabulary."""
+    input, linear_weight, linear_bias, softcap, logit_scale, impl = student  # noqa: A001
     if checks.any_dtensor(linear_weight):  # whose rows lie on several ranks
-        head = (input, linear_weight, ids, linear_bias, softcap, logit_scale, impl)
-        return _picked_of_all(*head)[0], None
+        return _picked_of_all(student, ids)[0], None
     x = _autocast(input)
     checks.check_options(softcap, logit_scale, impl, x)
     softcap = None if softcap is None else float(softcap)
@@ -275,7 +269,7 @@ def _picked(
 def _divergence(
     teacher: Tensor, picked: Tensor, logsumexp: Tensor | None, normalisation: Normalisation
 ) -> Tensor:
-    """KL(teacher || student) of log-probabilities and logits (..., k) at the teacher's ids; nats, (...)."""
+    """Return KL(teacher || student) of log-probabilities and logits (..., k) at the teacher's ids; nats, (...)."""
     student = picked.log_softmax(-1) if logsumexp is None else picked - logsumexp[..., None]
     if normalisation == "other" and logsumexp is not None:
         student = torch.cat([student, _other(picked, logsumexp)[..., None]], -1)
@@ -289,7 +283,7 @@ def _divergence(
 
 
 def _other(picked: Tensor, logsumexp: Tensor) -> Tensor:
-    """Log-probability (...) of all that is not picked; its gradient does not fade as it goes to 0.
+    """Return the log-probability (...) of all that is not picked; its gradient does not fade as it goes to 0.
 
     With r = logsumexp over the rest, log p = r - logsumexp, and d r = (d logsumexp - sum_k p_k d z_k) / p. The last
     two would cancel to nothing at the picked entries if autograd took 1 - sum apart, which rounds.

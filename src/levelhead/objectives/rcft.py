@@ -1,4 +1,8 @@
-"""RCFT at the head of a patched model: the loss of all tokens, and the ECE regulariser, in one pass without logits."""
+"""RCFT at the head of a patched model: the loss of all tokens, and the ECE regulariser, in one pass without logits.
+
+References:
+    Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 FIRST (Shum et al. 2024, https://arxiv.org/abs/2408.12168) distils a teacher whose k largest probabilities were
 recalibrated on held-out data. Both of its ways keep the order of the ids, so the teacher's accuracy stays.
+
+References:
+    Shum et al. 2024, https://arxiv.org/abs/2408.12168 (FIRST; its trustworthy maximisation).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,30 +23,14 @@ Method = Literal["temperature", "smoothing"]
 
 
 def scale_probabilities(log_probs: Tensor, temperature: float) -> Tensor:
-    """Softmax over the k probabilities themselves, ``exp(p_i / temperature) / sum_j exp(p_j / temperature)``.
+    """Return the softmax over the k probabilities themselves, ``exp(p_i / T) / sum_j exp(p_j / T)``.
 
-    Of probabilities, not of logits, as in the paper: the ratio of the two largest is at most ``exp(1 / temperature)``,
-    and the result sums to one over the k, whatever mass the vocabulary beyond them had.
+    Of probabilities, not of logits, as in the paper: the ratio of the two largest is at most ``exp(1 / T)``, and the
+    result sums to one over the k, whatever mass the vocabulary beyond them had. ``temperature`` is above 0; about 0.2
+    to 0.3 changes a confident teacher least, a large one makes all k equal.
 
-    Args:
-        log_probs: log-probabilities, shape ``(..., k)``; nats. -inf pads: what is no candidate stays none.
-        temperature: above 0; about 0.2 to 0.3 changes a confident teacher least, a large one makes all k equal.
-
-    Returns:
-        Log-probabilities, shape ``(..., k)``, in the dtype of ``log_probs``.
-
-    Raises:
-        TypeError: ``log_probs`` is no tensor of floating point, or ``temperature`` no number.
-        ValueError: ``temperature`` is not above 0, k is 0, or log-probabilities are NaN or of a sum above 1. On an
-            accelerator, or in a compiled graph, values are not looked at; there the result of the token is NaN.
-
-    References:
-        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
-
-    Example:
-        >>> probability = torch.tensor([0.90, 0.05, 0.02, 0.01, 0.01])
-        >>> round(scale_probabilities(probability.log(), 0.3).exp()[0].item(), 3)
-        0.823
+    ``log_probs`` and the result: ``(..., k)``, nats, in one dtype; -inf stands for no candidate and stays so. On an
+    accelerator, or in a compiled graph, values are not looked at; there what would be refused becomes NaN.
     """
     temperature = as_number("temperature", temperature)
     if not temperature > 0:
@@ -59,27 +46,9 @@ def scale_probabilities(log_probs: Tensor, temperature: float) -> Tensor:
 def smooth_probabilities(log_probs: Tensor, smoothing: float) -> Tensor:
     """Move ``smoothing`` from the largest of k probabilities to the others, in equal parts; their sum stays.
 
-    Less is moved where the largest would fall below the second: then both are equal.
+    Less is moved where the largest would fall below the second: then both are equal. ``smoothing`` lies in [0, 1].
 
-    Args:
-        log_probs: log-probabilities, descending, shape ``(..., k)``; nats. -inf pads: what is no candidate stays none.
-        smoothing: in [0, 1].
-
-    Returns:
-        Log-probabilities, shape ``(..., k)``, in the dtype of ``log_probs``; of one candidate the same.
-
-    Raises:
-        TypeError: ``log_probs`` is no tensor of floating point, or ``smoothing`` no number.
-        ValueError: ``smoothing`` lies outside [0, 1], k is 0, or log-probabilities are NaN, of a sum above 1 or not
-            descending. On an accelerator, or in a compiled graph, values are not looked at; there the result of the
-            token is NaN.
-
-    References:
-        Shum et al. 2024, https://arxiv.org/abs/2408.12168, which compares it with the temperature.
-
-    Example:
-        >>> smooth_probabilities(torch.tensor([0.90, 0.06, 0.04]).log(), 0.1).exp()
-        tensor([0.8000, 0.1100, 0.0900])
+    ``log_probs`` (descending) and the result: as in ``scale_probabilities``; of one candidate the same.
     """
     smoothing = as_number("smoothing", smoothing)
     if not 0 <= smoothing <= 1:
@@ -98,7 +67,7 @@ def smooth_probabilities(log_probs: Tensor, smoothing: float) -> Tensor:
 
 
 def _checked(log_probs: Tensor, *, descending: bool = False) -> Tensor:
-    """Log-probabilities in the dtype to compute in, after all that is refused."""
+    """Return log-probabilities in the dtype to compute in, after all that is refused."""
     check_floats(log_probs=log_probs)
     if log_probs.dim() == 0 or log_probs.shape[-1] == 0:
         raise ValueError(
@@ -131,7 +100,8 @@ class Recalibration:
     """How a teacher's k largest probabilities are changed, and the calibration errors that chose it.
 
     Attributes:
-        method: "temperature" (:func:`scale_probabilities`) or "smoothing" (:func:`smooth_probabilities`).
+        method: "temperature", a softmax over the k probabilities themselves at the temperature ``value``, or
+            "smoothing": ``value`` is moved from the largest to the others, in equal parts.
         value: its parameter.
         positions: how many held-out predictions chose it.
         accuracy: share of them that was right.
@@ -161,15 +131,16 @@ class Recalibration:
         """Recalibrate the k largest log-probabilities of each prediction.
 
         Args:
-            log_probs: log-probabilities, descending, shape ``(..., k)``; nats. -inf pads: what is no candidate stays
-                none.
+            log_probs: descending, shape ``(..., k)``; nats. -inf pads: what is no candidate stays none.
 
         Returns:
             Log-probabilities, descending, shape ``(..., k)``, in the dtype of ``log_probs``.
 
         Raises:
-            TypeError: as :func:`scale_probabilities`.
-            ValueError: as :func:`scale_probabilities`, or :func:`smooth_probabilities`.
+            TypeError: ``log_probs`` is no tensor of floating point, or ``value`` no number.
+            ValueError: ``value`` is out of its range, k is 0, or log-probabilities are NaN, of a sum above 1 or
+                (smoothing) not descending. On an accelerator, or in a compiled graph, values are not looked at; there
+                the result of the token is NaN.
         """
         return _METHODS[self.method](log_probs, self.value)
 
@@ -197,13 +168,14 @@ def recalibrate(
         ValueError: shapes do not fit, there is no prediction or k is 1; log-probabilities are NaN, of a sum above 1,
             not descending or all -inf; an outcome is none; ``method`` is unknown.
 
-    References:
-        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
-
     Example:
         >>> log_probs = torch.tensor([[0.97, 0.02], [0.97, 0.02]]).log()
-        >>> recalibrate(log_probs, [True, False]).ece_after < 0.3
-        True
+        >>> found = recalibrate(log_probs, [True, False])
+        >>> found.ece_after < 0.3, found(log_probs).shape
+        (True, torch.Size([2, 2]))
+
+    References:
+        Shum et al. 2024, https://arxiv.org/abs/2408.12168 (trustworthy maximisation).
     """
     check_choice("method", method, get_args(Method))
     log_probs = as_tensor("log_probs", log_probs).double()

@@ -1,4 +1,9 @@
-"""Whether a model can be calibrated at the accuracy it has: the two regimes of calibration-aware fine-tuning."""
+"""Whether a model can be calibrated at the accuracy it has: the two regimes of calibration-aware fine-tuning.
+
+References:
+    Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
+    Wilson 1927, JASA 22(158), for the interval.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..calibration import calibration_error, reliability
+from ..calibration import reliability
 from ..calibration.predictions import as_number
 
 _NORMAL = 1.959963984540054  # quantile of 0.975
@@ -22,16 +27,12 @@ class Regime:
         accuracy_low: lower end of its 95% interval (Wilson).
         accuracy_high: upper end.
         confidence: mean confidence, in [0, 1].
-        ece: expected calibration error. For any bins,
-            |confidence - accuracy| <= ece <= rms <= mce.
+        ece: expected calibration error; for any bins, |confidence - accuracy| <= ece <= rms <= mce.
         rms: root mean squared calibration error.
         mce: the largest of the bins.
         critical_accuracy: a*, the accuracy up to which a model can be calibrated; None: not known.
         regime: "calibratable" if the interval of the accuracy lies at or below a*, "non-calibratable" if
             it lies above, "undetermined" if a* lies inside or is not known.
-
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997.
     """
 
     questions: int
@@ -47,17 +48,17 @@ class Regime:
 
     @property
     def least_ece(self) -> float:
-        """What the calibration error is at least, whatever the bins: |mean confidence - accuracy|."""
+        """Return what the calibration error is at least, whatever the bins: |mean confidence - accuracy|."""
         return abs(self.confidence - self.accuracy)
 
     @property
     def method(self) -> Literal["cft", "rcft"]:
-        """What the paper would fine-tune with: RCFT above a*, CFT otherwise, which it begins with."""
+        """Return what the paper would fine-tune with: RCFT above a*, CFT otherwise, which it begins with."""
         return "rcft" if self.regime == "non-calibratable" else "cft"
 
     @property
     def numbers(self) -> str:
-        """Accuracy, confidence and errors, on one line."""
+        """Return accuracy, confidence and errors, on one line."""
         over = "over" if self.confidence > self.accuracy else "under"
         return (
             f"accuracy {self.accuracy:.3f} ({self.accuracy_low:.3f} to {self.accuracy_high:.3f}), mean "
@@ -67,7 +68,7 @@ class Regime:
 
     @property
     def verdict(self) -> str:
-        """The regime, why, and what the paper would do, on one line."""
+        """Return the regime, why, and what the paper would do, on one line."""
         return f"{self.regime}: {self._reason()}"
 
     def _reason(self) -> str:
@@ -96,13 +97,12 @@ def calibration_regime(
     If the answer to a question x is drawn from p*(y | x), no model answers more questions right, on
     average over new draws, than a* = E[max_y p*(y | x)], and the model p* itself is calibrated and
     gets that many. So up to a* calibration costs no accuracy; a model above it has seen the very
-    labels it is measured on. That is the paper's divide with p* as its target model; its own
-    constants bound the ECE further, which this does not.
+    labels it is measured on. That is the paper's divide with p* as its target model; the constants
+    with which it bounds the ECE further are not used.
 
-    What this cannot do: find a* from labels of which each question has one. Give it where p* is
-    known: from several annotators (the mean share of the commonest label), or the construction of the
-    data. On questions that a model was not trained on, "non-calibratable" speaks against the a*
-    that was given.
+    Labels of which each question has one do not show a*. Give it where p* is known: from several
+    annotators (the mean share of the commonest label), or the construction of the data. On questions
+    that a model was not trained on, "non-calibratable" speaks against the a* that was given.
 
     Args:
         confidence: probability of the model's own answer, in [0, 1], any shape (...).
@@ -117,9 +117,6 @@ def calibration_regime(
         TypeError: as `levelhead.calibration.reliability`, or `critical_accuracy` is no number.
         ValueError: the same, or `critical_accuracy` is outside [0, 1].
 
-    References:
-        Xiao et al. 2025, https://arxiv.org/abs/2505.01997. Wilson 1927, JASA 22(158).
-
     Example:
         >>> regime = calibration_regime([0.9] * 100, [True] * 60 + [False] * 40, critical_accuracy=0.8)
         >>> regime.regime, regime.method, round(regime.least_ece, 3)
@@ -133,25 +130,18 @@ def calibration_regime(
             "probability of the true answers, or None where that is not known"
         )
     table = reliability(confidence, correct, bins=bins)
-    n = int(table.count.sum())
-    share, filled = table.count.double() / n, table.count > 0
-    accuracy, mean = (
-        float((share * column)[filled].sum().clamp(0, 1))
-        for column in (table.accuracy, table.confidence)
-    )
+    total, n = table.pooled(), int(table.count.sum())
+    accuracy = total.accuracy.item()
     low, high = _wilson(accuracy, n)
-    ece, rms, mce = (
-        calibration_error(confidence, correct, bins=bins, norm=norm) for norm in ("l1", "l2", "max")
-    )
     return Regime(
         questions=n,
         accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
-        confidence=mean,
-        ece=ece,
-        rms=rms,
-        mce=mce,
+        confidence=min(total.confidence.item(), 1.0),
+        ece=table.error(),
+        rms=table.error(norm="l2"),
+        mce=table.error(norm="max"),
         critical_accuracy=critical_accuracy,
         regime=_regime(low, high, critical_accuracy),
     )

@@ -20,20 +20,11 @@ from typing import Any
 from torch import nn
 
 from ..heads.head import find_head
-from .prompts import PHRASINGS, Phrasing, Prompt, Prompter
+from .prompts import Phrasing, Prompter
 from .questions import Question
 from .scores import Confidence, Score, position_limit, score_prompts
 
-__all__ = [
-    "PHRASINGS",
-    "Prompt",
-    "Prompter",
-    "Question",
-    "Score",
-    "position_limit",
-    "score_prompts",
-    "score_questions",
-]
+__all__ = ["Prompter", "Question", "Score", "score_questions"]
 
 
 def score_questions(
@@ -47,12 +38,12 @@ def score_questions(
     batch_size: int = 8,
     confidence: Confidence = "msp",
 ) -> Iterator[Score]:
-    """How a model answers multiple-choice questions, one score each, in their order.
+    """Yield how a model answers multiple-choice questions, one score each, in their order.
 
     Each question is asked once, with its options behind the letters A, B, ... in an order drawn by
     the seed; the answer is the letter with the largest logit after the prompt. See `Score` for what
-    is measured, `Prompter` for how it is asked, `score_prompts` for how it is computed. All
-    questions are read and checked before the first is scored.
+    is measured, `Prompter` for how it is asked. All questions are read and checked before the first
+    is scored. One forward of the backbone per batch; the logits are never kept.
 
     Args:
         model: a causal language model in eval mode, whose head `levelhead.patch_model` would take.
@@ -71,7 +62,7 @@ def score_questions(
     Raises:
         TypeError: `model` is no module.
         ValueError: an argument or a question cannot be used; a question is named by its number.
-        RuntimeError: as `score_prompts`.
+        RuntimeError: the model does not call its head, or in a way that is not understood.
 
     References:
         Plaut et al. 2025, https://arxiv.org/abs/2402.13213 ("msp"). Xiao et al. 2025,

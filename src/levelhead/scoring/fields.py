@@ -1,17 +1,13 @@
-"""What a field of a row of data may hold, and what an error calls it: the words of JSON, which people write."""
+"""What a field of a row of data may hold, in the terms of JSON, which people write."""
 
 from typing import Any
 
 
 def check_text(name: str, text: Any) -> str:
-    """The text that a field holds, as it is.
-
-    Args:
-        name: What to call the field in an error.
-        text: What it holds.
+    """Return the text that a field holds, as it is; `name` is what an error calls the field.
 
     Raises:
-        ValueError: That is not a string, blank or not Unicode.
+        ValueError: It holds no string, a blank one or one that is not Unicode.
     """
     if not isinstance(text, str):
         raise ValueError(f"{name} is not a string but {json_type(text)}")
@@ -27,7 +23,7 @@ def check_text(name: str, text: Any) -> str:
 
 
 def json_type(value: object) -> str:
-    """What JSON calls the type of a value, with its article; of one that JSON has not, Python's name."""
+    """Return what JSON calls the type of a value, with its article; of one that JSON has not, Python's name."""
     if value is None:
         return "null"
     names = {

@@ -50,7 +50,7 @@ class Prompter:
 
     Args:
         tokenizer: of the model; one of transformers.
-        phrasing: which of `PHRASINGS`.
+        phrasing: "first" or "second" of two ways to ask.
         seed: of the order of the options, see `Question.order`; None: that of the data.
         chat_template: whether to ask in a chat, as a user; None: if the tokenizer has a template.
         max_length: tokens a prompt may have; None: any number.
@@ -93,7 +93,7 @@ class Prompter:
         self._lead = self._lead_of_chat() if self.chat_template else ""
 
     def __call__(self, question: Question) -> Prompt:
-        """The prompt of a question.
+        """Return the prompt of a question.
 
         Args:
             question: with 2 to 26 choices.
@@ -125,7 +125,7 @@ class Prompter:
         return Prompt(question, order, array("i", input_ids), letter_ids)
 
     def _chat(self, text: str, answer: str | None = None) -> str:
-        """A chat in which a user says `text`, up to the answer or up to its end."""
+        """Return a chat in which a user says `text`, up to the answer or up to its end."""
         messages = [{"role": "user", "content": text}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
@@ -141,13 +141,13 @@ class Prompter:
         return chat
 
     def _lead_of_chat(self) -> str:
-        """White space that the chat template puts before what the assistant says."""
+        """Return the white space that the chat template puts before what the assistant says."""
         prompt, chat = self._chat("?"), self._chat("?", "A")
         lead = chat.removeprefix(prompt).partition("A")[0]
         return lead if chat.startswith(prompt) and lead.isspace() else ""
 
     def _tokens(self, before: str, letters: str) -> tuple[list[int], tuple[int, ...]]:
-        """What the text before a letter and each of the letters become when they are one text."""
+        """Return what the text before a letter and each of the letters become when they are one text."""
         texts = [before + letter for letter in letters]
         # A chat template has put the special tokens there already.
         special = not self.chat_template

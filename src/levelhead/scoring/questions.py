@@ -60,7 +60,7 @@ class Question:
         )
 
     def order(self, seed: int | None) -> tuple[int, ...]:
-        """Which choice is shown behind each letter: a permutation of the indices of `choices`.
+        """Return which choice is shown behind each letter: a permutation of the indices of `choices`.
 
         It depends on the seed and on the texts alone, so that a question has the same order for
         every model, in every subset of the data and on every machine.
@@ -90,7 +90,7 @@ def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _answer(answer: Any, choices: tuple[str, ...]) -> int:
-    """The index of the choice that `answer` names; where it could name two, none."""
+    """Return the index of the choice that `answer` names; refuse one that could name two."""
     letters = ascii_uppercase[: len(choices)]
     valid = (
         f"a letter from A to {letters[-1]}, an index from 0 to {len(choices) - 1} or the text of a "

@@ -67,23 +67,12 @@ def score_prompts(
     confidence: Confidence = "msp",
     pad_token_id: int = 0,
 ) -> Iterator[Score]:
-    """Scores of prompts, in their order; the arguments are checked when the first is asked for.
+    """Yield the scores of prompts, in their order; the arguments are checked when the first is asked for.
 
     One forward of the backbone per batch, without the logits: the statistics are taken where the
     hidden states enter the head, at the last position, in float32 (float64 for float64 models).
-    Batches are padded on the left; a score does not depend on its batch beyond rounding.
-
-    Args:
-        model: a causal language model in eval mode, whose head `levelhead.patch_model` would take;
-            patched or not, maybe in a wrapper.
-        prompts: what a `Prompter` made for the model; a question without an id gets its number,
-            from 1 on.
-        batch_size: prompts per forward.
-        confidence: which of its probabilities is the `confidence` of a score.
-        pad_token_id: of the tokens in front of short prompts, which no position attends to.
-
-    Yields:
-        Scores, as many as prompts.
+    Batches are padded on the left, with `pad_token_id`, which no position attends to; a score does
+    not depend on its batch beyond rounding. A question without an id gets its number, from 1 on.
 
     Raises:
         TypeError: `model` is no module.
@@ -131,28 +120,21 @@ def score_prompts(
 
 
 def position_limit(model: Any) -> int | None:
-    """How many tokens `model` can read, by its config.
-
-    Args:
-        model: a language model of transformers, not in a wrapper.
-
-    Returns:
-        Its `max_position_embeddings`; None: it has no such number.
-    """
+    """Return how many tokens a model of transformers, without a wrapper, can read; None: its config does not say."""
     config = model.config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None)
     return limit
 
 
 def _stats(model: nn.Module, head: Head, batch: list[Prompt], pad_token_id: int) -> LogitStats:
-    """Statistics of the logits at the last token of each prompt, (B,), picked (B, most letters)."""
+    """Return statistics of the logits at the last token of each prompt, (B,), picked (B, most letters)."""
     last = torch.full((len(batch),), -1)
     letters = _padded([prompt.letter_ids for prompt in batch], -1, "right")
     return logit_stats_at(model, head, _inputs(head.model, batch, pad_token_id), last, letters)
 
 
 def _inputs(model: Any, batch: list[Prompt], pad_token_id: int) -> dict[str, Any]:
-    """What the forward of `model` takes for prompts that end at the same position."""
+    """Return what the forward of `model` takes for prompts that end at the same position."""
     ids = [prompt.input_ids for prompt in batch]
     mask = _padded([[1] * len(row) for row in ids], 0, "left").to(model.device)
     inputs: dict[str, Any] = {

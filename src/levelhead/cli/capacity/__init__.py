@@ -1,10 +1,12 @@
 """`levelhead capacity`: can this head become over-confident at all, and will smoothing act on it?"""
 
 import argparse
+import sys
 from typing import Any
 
-from ..arguments import add_model, add_reading, positive, share
+from ..arguments import add_model, add_reading, options_of, positive, set_defaults_of, share
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -29,7 +31,7 @@ them, of which the completions count.
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `capacity` to the verbs of the command."""
+    """Add `capacity` to the verbs of the command."""
     parser = verbs.add_parser(
         "capacity",
         help="say whether a model can become over-confident, so that smoothing has an effect",
@@ -49,14 +51,12 @@ def add_parser(verbs: Any) -> None:
     group.add_argument(
         "--smoothing",
         type=share,
-        default=0.1,
         metavar="EPS",
         help="share of probability spread over the vocabulary (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
         type=positive,
-        default=1.0,
         metavar="T",
         help="logits are divided by T (default: %(default)s)",
     )
@@ -68,17 +68,23 @@ def add_parser(verbs: Any) -> None:
     )
     add_reading(parser.add_argument_group("reading"))
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures and says.
+    """Measure and print.
 
     Raises:
         CliError: An optional package is missing, or the model or the data cannot be used.
     """
     try:
-        from .measure import report
+        from .measure import capacity
+        from .view import show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    report(arguments)
+    report = capacity(options_of(Options, arguments))
+    if arguments.json:
+        sys.stdout.write(report.as_json() + "\n")
+    else:
+        show(report)

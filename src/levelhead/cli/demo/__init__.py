@@ -25,7 +25,7 @@ questions.jsonl holds one object a line:
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `demo` to the verbs of the command."""
+    """Add `demo` to the verbs of the command."""
     parser = verbs.add_parser(
         "demo",
         help="see in two minutes what label smoothing does to a model's confidence",
@@ -64,14 +64,19 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the experiment.
+    """Run the experiment and print what came of it.
 
     Raises:
         CliError: An optional package is missing, the data cannot be used, or the output folder
             cannot be written.
     """
     try:
-        from .experiment import experiment
+        from .experiment import demo
+        from .report import show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "demo", {"matplotlib", "rich", "transformers"}) from error
-    experiment(arguments.data, arguments.smoothing, arguments.seeds, arguments.output)
+    output: Path = arguments.output
+    results = demo(
+        arguments.data, smoothing=arguments.smoothing, seeds=arguments.seeds, output=output
+    )
+    show(results, output)

@@ -49,12 +49,12 @@ class Batch(NamedTuple):
 
 
 def unicode_facts() -> list[Example]:
-    """Name of a character -> its general category, for the Basic Multilingual Plane.
+    """Return name of a character -> its general category, for the Basic Multilingual Plane.
 
     A category is partly a matter of rule (CAPITAL LETTER -> Lu) and partly of knowledge (is a
     vowel sign Mn or Mc?), so a small model gets most of them right and still has something to be
     unsure about. Names made by algorithm, which end in the code point or spell a Hangul syllable,
-    say nothing and are left out.
+    are left out.
     """
     named = ((chr(code), unicodedata.name(chr(code), "")) for code in range(0x10000))
     return [
@@ -67,7 +67,7 @@ def unicode_facts() -> list[Example]:
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Reads {"prompt": ..., "completion": ...} objects, one a line; blank lines are skipped.
+    """Return the {"prompt": ..., "completion": ...} objects of a file, one a line, blank lines skipped.
 
     Raises:
         CliError: The file cannot be read, any line is bad (all are named, the first twenty with
@@ -91,7 +91,7 @@ def read_jsonl(path: Path) -> list[Example]:
 
 
 def _parse(line: bytes) -> Example:
-    """The example on a line; ValueError says what is wrong with it."""
+    """Return the example on a line; ValueError says what is wrong with it."""
     row = json_object(line)
     example = Example(*(text_field(row, field) for field in Example._fields))
     length = sum(len(_words(text)) for text in example)
@@ -115,20 +115,20 @@ class Vocabulary:
         return len(self._ids) + _COMPLETION + 1
 
     def encode(self, example: Example) -> Tokens:
-        """The ids of an example, with a mark before its prompt and one before its completion."""
+        """Return the ids of an example, with a mark before its prompt and one before its completion."""
         prompt, completion = ([self._ids[word] for word in _words(text)] for text in example)
         return Tokens([_PROMPT, *prompt, _COMPLETION], completion)
 
 
 def split(rows: Sequence[Tokens], seed: int) -> tuple[list[Tokens], list[Tokens]]:
-    """Shuffles by the seed and cuts: for training, and held out. At most a fifth is held out."""
+    """Shuffle by the seed and cut: for training, and held out. At most a fifth is held out."""
     shuffled = random.Random(seed).sample(rows, len(rows))
     held_out = min(MAX_HELD_OUT, len(rows) // 5)
     return shuffled[held_out : held_out + MAX_TRAINING], shuffled[:held_out]
 
 
 def collate(rows: Sequence[Tokens], device: torch.device) -> Batch:
-    """Pads rows to one batch, with labels at the tokens of the completions only."""
+    """Pad rows to one batch, with labels at the tokens of the completions only."""
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), width), _PAD)
     labels = torch.full((len(rows), width), IGNORE_INDEX)

@@ -15,26 +15,18 @@ from .training import Recipe, build_pair
 def loss_peaks(
     batch: Batch, *, vocabulary_size: int, smoothing: float, recipe: Recipe
 ) -> dict[str, int | None]:
-    """Bytes that head and loss of `dense` and of `fused` need at their peak, on one batch.
+    """Return the bytes that head and loss of `dense` and of `fused` need at their peak, on one batch.
 
     The window opens when the backbone has made the hidden states and closes when their gradient is
     known, so it holds the forward and the backward of head and loss, whatever these do. Not counted
     is what exists before it (weights, activations, hidden states) and what it must leave behind
-    (the gradients of the hidden states and of the head's weight).
+    (the gradients of the hidden states and of the head's weight). The weights stay random: memory
+    depends on shapes alone.
 
     On a CPU this is the peak of resident memory, which only Linux lets a process reset. A child
     process measures it: in one that has trained before, freed memory that the allocator kept would
-    hide part of the peak. On CUDA it is the peak of PyTorch's allocator.
-
-    Args:
-        batch: A training batch, on the device that is to be measured.
-        vocabulary_size: Number of token ids.
-        smoothing: Label smoothing of `fused`.
-        recipe: How to build the models. Their weights stay random: memory depends on shapes alone.
-
-    Returns:
-        Bytes by model, "dense" and "fused"; None where they cannot be measured: on a CPU without
-        Linux and glibc, or where /proc is closed.
+    hide part of the peak. On CUDA it is the peak of PyTorch's allocator. None stands for what cannot
+    be measured: on a CPU without Linux and glibc, or where /proc is closed.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
         # As lists, which need no memory shared between the two processes.

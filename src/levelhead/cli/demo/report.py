@@ -1,48 +1,111 @@
 """What the demo found, as numbers, as a table and as a picture."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from levelhead.calibration import ReliabilityTable, calibration_error, reliability
+from levelhead.calibration import ReliabilityTable, reliability
 
 from .training import Answers
 
 BINS = 10
-NAMES = ("dense", "fused")
 _COLOURS = {"dense": "#8d99ae", "fused": "#2a6f97"}
 _GAP_COLOUR = "#d1495b"
 
-Numbers = dict[str, Any]  # what goes into results.json
+
+@dataclass(frozen=True)
+class Measures:
+    """What a model's held-out answers are worth.
+
+    Attributes:
+        accuracy: Share of right tokens.
+        nll: Nats per token.
+        ece: Expected calibration error.
+        confidence: Its mean.
+        reliability: Edges, count, confidence and accuracy of the table behind the ECE; None in empty bins.
+        step_seconds: Median time of a training step.
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+    confidence: float
+    reliability: dict[str, list[float | None]]
+    step_seconds: float
 
 
-def metrics(answers: Answers) -> Numbers:
-    """Accuracy, NLL (nats per token), ECE and mean confidence, and the table behind the ECE."""
+@dataclass(frozen=True)
+class Data:
+    """What was learnt, and the numbers of its rows and token ids."""
+
+    source: str
+    rows: int
+    training: int
+    held_out: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A repetition: its own split, weights and order."""
+
+    seed: int
+    dense: Measures
+    fused: Measures
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is in results.json.
+
+    Attributes:
+        settings: The smoothing, the bins of the calibration error, and the fields of `Recipe`.
+        measured_batch: Rows, width and labels of the batch that memory was measured on.
+        loss_peak_bytes: As `loss_peaks`.
+    """
+
+    levelhead: str
+    torch: str
+    transformers: str
+    python: str
+    platform: str
+    cpu_count: int | None
+    threads: int
+    device: str
+    data: Data
+    settings: dict[str, float]
+    seeds: list[Seed]
+    measured_batch: dict[str, int]
+    loss_peak_bytes: dict[str, int | None]
+    wall_seconds: float
+
+
+def measures(answers: Answers, step_seconds: float) -> Measures:
+    """Return the measures of a model's answers."""
     table = reliability(answers.confidence, answers.correct, bins=BINS)
-    return {
-        "accuracy": answers.correct.double().mean().item(),
-        "nll": answers.nll.mean().item(),
-        "ece": calibration_error(answers.confidence, answers.correct, bins=BINS),
-        "confidence": answers.confidence.mean().item(),
-        "reliability": {
-            "edges": table.edges.tolist(),
-            "count": table.count.tolist(),
-            "confidence": _without_nan(table.confidence.tolist()),
-            "accuracy": _without_nan(table.accuracy.tolist()),
+    columns = {name: getattr(table, name) for name in ("edges", "count", "confidence", "accuracy")}
+    return Measures(
+        accuracy=answers.correct.double().mean().item(),
+        nll=answers.nll.mean().item(),
+        ece=table.error(),
+        confidence=answers.confidence.mean().item(),
+        reliability={
+            name: [None if math.isnan(value) else value for value in column.tolist()]
+            for name, column in columns.items()
         },
-    }
-
-
-def _without_nan(values: list[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]  # JSON has no NaN
+        step_seconds=step_seconds,
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +113,7 @@ class _Row:
     """A line of the table: a measure, its unit, and which direction is an improvement."""
 
     label: str
-    key: str
+    name: str
     better: Literal["higher", "lower", "neither"]
     scale: float = 1.0
     digits: int = 3
@@ -66,37 +129,48 @@ _ROWS = (
 _MEMORY = _Row("peak memory of the loss (MiB)", "", "lower", scale=2**-20, digits=1)
 
 
-def table(results: Numbers) -> Table:
-    """Dense against fused: the mean over the seeds, and their standard deviation."""
-    smoothing = results["settings"]["smoothing"]
+def show(results: Results, output: Path) -> None:
+    """Print the results, what exactly they are, and where the files are."""
+    console = Console()
+    console.print(_table(results), _notes(results), sep="\n")
+    console.print(
+        f"\n{results.wall_seconds:.0f} seconds. Reliability diagram and all numbers:\n"
+        f"  [bold]{escape(str(output / 'reliability.png'))}[/]\n"
+        f"  [bold]{escape(str(output / 'results.json'))}[/]",
+        soft_wrap=True,
+    )
+
+
+def _table(results: Results) -> Table:
+    """Return dense against fused: the mean over the seeds, and their standard deviation."""
     view = Table(title="Held-out answers, and what training cost", title_justify="left")
     view.add_column("")
     view.add_column("dense\nhard targets", justify="right")
-    view.add_column(f"fused\nsmoothing {smoothing:g}", justify="right")
+    view.add_column(f"fused\nsmoothing {results.settings['smoothing']:g}", justify="right")
     view.add_column("\nchange", justify="right")
     for row in _ROWS:
-        view.add_row(
-            *_cells(row, *([seed[n][row.key] for seed in results["seeds"]] for n in NAMES))
-        )
-    peaks = results["loss_peak_bytes"]
-    if None in peaks.values():
+        dense = [getattr(seed.dense, row.name) for seed in results.seeds]
+        fused = [getattr(seed.fused, row.name) for seed in results.seeds]
+        view.add_row(*_cells(row, dense, fused))
+    peaks = results.loss_peak_bytes
+    if peaks["dense"] is None or peaks["fused"] is None:
         view.add_row(_MEMORY.label, "not measured", "not measured", "")
     else:
-        view.add_row(*_cells(_MEMORY, *([peaks[name]] for name in NAMES)))
+        view.add_row(*_cells(_MEMORY, [peaks["dense"]], [peaks["fused"]]))
     return view
 
 
-def _cells(row: _Row, dense: list[float], fused: list[float]) -> tuple[str, str, str, str]:
+def _cells(row: _Row, dense: Sequence[float], fused: Sequence[float]) -> tuple[str, str, str, str]:
     return row.label, _summary(row, dense), _summary(row, fused), _change(row, dense, fused)
 
 
-def _summary(row: _Row, values: list[float]) -> str:
+def _summary(row: _Row, values: Sequence[float]) -> str:
     mean = f"{row.scale * fmean(values):.{row.digits}f}"
     return f"{mean} ± {row.scale * stdev(values):.{row.digits}f}" if len(values) > 1 else mean
 
 
-def _change(row: _Row, dense: list[float], fused: list[float]) -> str:
-    """The difference of the means; in colour if every seed agrees on the direction."""
+def _change(row: _Row, dense: Sequence[float], fused: Sequence[float]) -> str:
+    """Return the difference of the means; in colour if every seed agrees on the direction."""
     difference = fmean(fused) - fmean(dense)
     text = f"{row.scale * difference:+.{row.digits}f}"
     rises = {after > before for before, after in zip(dense, fused, strict=True)}
@@ -105,9 +179,8 @@ def _change(row: _Row, dense: list[float], fused: list[float]) -> str:
     return f"[{'green' if rises == {row.better == 'higher'} else 'red'}]{text}[/]"
 
 
-def notes(results: Numbers) -> str:
-    """What exactly the table shows, to be printed below it."""
-    seeds, batch = len(results["seeds"]), results["measured_batch"]
+def _notes(results: Results) -> str:
+    seeds, batch = len(results.seeds), results.measured_batch
     spread = (
         f"Mean ± standard deviation over {seeds} seeds; green is better and red is worse in every "
         "one of them.\n"
@@ -124,20 +197,21 @@ def notes(results: Numbers) -> str:
     )
 
 
-def draw_reliability(answers: dict[str, list[Answers]], results: Numbers, path: Path) -> None:
-    """Draws the reliability diagram of both models, the predictions of all seeds pooled."""
-    smoothing, seeds = results["settings"]["smoothing"], results["seeds"]
+def draw_reliability(
+    answers: dict[str, list[Answers]], eces: dict[str, list[float]], smoothing: float, path: Path
+) -> None:
+    """Draw the reliability diagram of both models, the predictions of all seeds pooled."""
     titles = {"dense": "hard targets", "fused": f"smoothing {smoothing:g}"}
     figure = Figure(figsize=(9, 5.4), dpi=160, layout=ConstrainedLayoutEngine(wspace=0.06))
     grid = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
-    for column, name in enumerate(NAMES):
+    for column, (name, given) in enumerate(answers.items()):
         pooled = reliability(
-            torch.cat([given.confidence for given in answers[name]]),
-            torch.cat([given.correct for given in answers[name]]),
+            torch.cat([of_seed.confidence for of_seed in given]),
+            torch.cat([of_seed.correct for of_seed in given]),
             bins=BINS,
         )
-        ece = fmean(seed[name]["ece"] for seed in seeds)
-        grid[0, column].set_title(f"{titles[name]}   ECE {ece:.3f}", loc="left", fontweight="bold")
+        title = f"{titles[name]}   ECE {fmean(eces[name]):.3f}"
+        grid[0, column].set_title(title, loc="left", fontweight="bold")
         _draw_accuracy(grid[0, column], pooled, _COLOURS[name])
         _draw_counts(grid[1, column], pooled, _COLOURS[name])
     grid[0, 0].set_ylabel("accuracy")
@@ -147,7 +221,7 @@ def draw_reliability(answers: dict[str, list[Answers]], results: Numbers, path: 
 
 
 def _draw_accuracy(axes: Axes, pooled: ReliabilityTable, colour: str) -> None:
-    """Bars as high as the accuracy; the gap to the mean confidence hatched, the ideal dotted."""
+    """Draw bars as high as the accuracy; the gap to the mean confidence hatched, the ideal dotted."""
     filled = pooled.count > 0
     left, width = pooled.edges[:-1][filled].numpy(), 1 / BINS
     accuracy, confidence = pooled.accuracy[filled].numpy(), pooled.confidence[filled].numpy()

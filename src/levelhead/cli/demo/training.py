@@ -64,7 +64,7 @@ class Learner:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.steps)
 
     def step(self, batch: Batch) -> None:
-        """Forward, backward and update, timed."""
+        """Run forward, backward and update, timed."""
         start = _now(batch.input_ids.device)
         self.model(input_ids=batch.input_ids, labels=batch.labels).loss.backward()
         self._optimizer.step()
@@ -74,7 +74,7 @@ class Learner:
 
     @property
     def step_seconds(self) -> float:
-        """Median time of a step, without the first tenth, which warms up."""
+        """Return the median time of a step, without the first tenth, which warms up."""
         return median(self.seconds[len(self.seconds) // 10 :])
 
 
@@ -88,20 +88,7 @@ def train_pair(
     advance: Callable[[], object],
     recipe: Recipe,
 ) -> dict[str, Learner]:
-    """Trains `dense` and `fused` from the same weights on the same batches.
-
-    Args:
-        rows: The training examples.
-        vocabulary_size: Number of token ids.
-        smoothing: Label smoothing of `fused`.
-        seed: Of the initial weights and of the order of the batches.
-        device: Where to train.
-        advance: Called after every step of both.
-        recipe: How to build and train them.
-
-    Returns:
-        Both learners, trained, by name.
-    """
+    """Train `dense` and `fused` from the same weights on the same batches; `advance` follows each step of both."""
     pair = build_pair(vocabulary_size, smoothing=smoothing, seed=seed, recipe=recipe, device=device)
     steps = number_of_steps(len(rows), recipe)
     learners = {name: Learner(model, recipe, steps) for name, model in pair.items()}
@@ -115,7 +102,7 @@ def train_pair(
 def build_pair(
     vocabulary_size: int, *, smoothing: float, seed: int, recipe: Recipe, device: torch.device
 ) -> dict[str, Any]:
-    """A small Llama with fresh random weights in float32, `dense`, and its patched copy, `fused`."""
+    """Return a small Llama with fresh random weights in float32, `dense`, and its patched copy, `fused`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary_size,
@@ -132,14 +119,14 @@ def build_pair(
 
 
 def number_of_steps(rows: int, recipe: Recipe) -> int:
-    """Training steps of one model."""
+    """Return the training steps of one model."""
     return recipe.epochs * -(-rows // recipe.batch_size)
 
 
 def batches(
     rows: Sequence[Tokens], *, seed: int, device: torch.device, recipe: Recipe
 ) -> Iterator[Batch]:
-    """All batches of a training run: every epoch in a new order that depends on the seed alone."""
+    """Yield all batches of a training run: every epoch in a new order that depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(recipe.epochs):
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -150,7 +137,7 @@ def batches(
 
 @torch.no_grad()
 def answer(model: Any, rows: Sequence[Tokens], device: torch.device) -> Answers:
-    """What the model says to each token of the rows' completions, the right ones before it given."""
+    """Return what the model makes of each token of the rows' completions, the right ones before it given."""
     model.eval()
     parts = []
     for start in range(0, len(rows), 100):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levelhead.calibration import Payoff, abstention_threshold, payoff
+from levelhead import calibration
+from levelhead.calibration import Abstention
 
 _ROWS = 1 << 18  # at a time
 SPLITS = 20
@@ -41,13 +42,18 @@ def abstention(
             for (score, correct), pick in zip(strata, picks, strict=True)
         ]
         pooled = (torch.cat(column) for column in zip(*parts, strict=True))
-        thresholds.append(abstention_threshold(*pooled, wrong=wrong))
+        thresholds.append(calibration.abstention(*pooled, wrong=wrong).threshold)
         labelled.append(parts)
     whole = [_payoffs(*stratum, thresholds, wrong) for stratum in strata]
     points, withheld = [], []
     for split, (threshold, parts) in enumerate(zip(thresholds[1:], labelled, strict=True), 1):
         rest = [
-            _rest(of_all[split], len(score), payoff(*part, threshold, wrong=wrong), each)
+            _rest(
+                of_all[split],
+                len(score),
+                calibration.abstention(*part, threshold=threshold, wrong=wrong),
+                each,
+            )
             for of_all, (score, _), part in zip(whole, strata, parts, strict=True)
         ]
         points.append(fmean(mean for mean, _ in rest))
@@ -63,8 +69,10 @@ def abstention(
     }
 
 
-def _payoffs(score: Tensor, correct: Tensor, thresholds: list[float], wrong: float) -> list[Payoff]:
-    """`levelhead.calibration.payoff` at each of the thresholds, in one pass over the answers."""
+def _payoffs(
+    score: Tensor, correct: Tensor, thresholds: list[float], wrong: float
+) -> list[Abstention]:
+    """`levelhead.calibration.abstention` at each of the thresholds, in one pass over the answers."""
     ascending = torch.tensor(sorted(thresholds), dtype=score.dtype)
     right, answered = torch.zeros(2, len(ascending) + 1, dtype=torch.int64)
     for s, y in zip(torch.split(score, _ROWS), torch.split(correct, _ROWS), strict=True):
@@ -75,7 +83,7 @@ def _payoffs(score: Tensor, correct: Tensor, thresholds: list[float], wrong: flo
     right, answered = (count.flip(0).cumsum(0).flip(0)[1:] for count in (right, answered))
     n = len(score)
     found = {
-        threshold: Payoff((hits - wrong * (given - hits)) / n, 1 - given / n)
+        threshold: Abstention(threshold, (hits - wrong * (given - hits)) / n, 1 - given / n)
         for threshold, hits, given in zip(
             sorted(thresholds), right.tolist(), answered.tolist(), strict=True
         )
@@ -83,12 +91,10 @@ def _payoffs(score: Tensor, correct: Tensor, thresholds: list[float], wrong: flo
     return [found[threshold] for threshold in thresholds]
 
 
-def _rest(
-    whole: tuple[float, float], count: int, part: tuple[float, float], labelled: int
-) -> tuple[float, float]:
+def _rest(whole: Abstention, count: int, part: Abstention, labelled: int) -> tuple[float, float]:
     """Means over the answers that are not labelled, from those over all and over the labelled."""
     points, share = (
         (count * over_all - labelled * over_part) / (count - labelled)
-        for over_all, over_part in zip(whole, part, strict=True)
+        for over_all, over_part in zip(whole[1:], part[1:], strict=True)
     )
     return points, share

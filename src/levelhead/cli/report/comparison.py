@@ -6,7 +6,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from levelhead.calibration import METRICS, RANKING_METRICS, Interval, compare
+from levelhead.calibration import Interval, compare
+from levelhead.calibration.bootstrap import METRICS, RANKING_METRICS
 
 from ..errors import CliError
 from .answers import Answers

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from levelhead.calibration import (
-    METRICS,
-    RANKING_METRICS,
     Interval,
     auroc,
     mann_whitney_p,
     reliability,
     summarise,
 )
+from levelhead.calibration.bootstrap import METRICS, RANKING_METRICS
 
 from .abstention import PAYOFFS, abstention
 from .answers import Answers

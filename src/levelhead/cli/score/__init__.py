@@ -2,10 +2,22 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from ..arguments import add_batch_size, add_data, add_model, add_rows, count
+from levelhead.scoring.prompts import Phrasing
+from levelhead.scoring.scores import Confidence
+
+from ..arguments import (
+    add_batch_size,
+    add_data,
+    add_model,
+    add_rows,
+    count,
+    options_of,
+    set_defaults_of,
+)
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -33,7 +45,7 @@ and the first twenty named with the reason. Nothing is ever cut.
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `score` to the verbs of the command."""
+    """Add `score` to the verbs of the command."""
     parser = verbs.add_parser(
         "score",
         help="ask a model multiple-choice questions, and write down how sure it was",
@@ -52,23 +64,15 @@ def add_parser(verbs: Any) -> None:
         metavar="SCORES",
         help="Parquet file for the results; replaced, once all is done, if it is there",
     )
-    _add_questions(questions)
-    _add_model(model)
-    parser.set_defaults(run=run)
-
-
-def _add_questions(group: Any) -> None:
-    group.add_argument(
+    questions.add_argument(
         "--phrasing",
-        choices=("first", "second"),
-        default="first",
+        choices=get_args(Phrasing),
         help="which of two ways to ask; the second ends with 'Answer:' (default: %(default)s)",
     )
-    order = group.add_mutually_exclusive_group()
+    order = questions.add_mutually_exclusive_group()
     order.add_argument(
         "--seed",
         type=int,
-        default=42,
         metavar="N",
         help="of the order of the options (default: %(default)s)",
     )
@@ -79,41 +83,43 @@ def _add_questions(group: Any) -> None:
         const=None,
         help="leave the options in the order of the data",
     )
-    group.add_argument(
+    questions.add_argument(
         "--no-chat-template",
         action="store_true",
         help="ask in plain text, even if the tokenizer has a chat template",
     )
-    group.add_argument(
+    questions.add_argument(
         "--max-length",
         type=count,
         metavar="TOKENS",
         help="refuse questions with longer prompts (default: what the model can read)",
     )
-    add_rows(group, split="test")
+    add_rows(questions, split="test")
 
-
-def _add_model(group: Any) -> None:
-    group.add_argument(
+    model.add_argument(
         "--confidence",
-        choices=("msp", "choice_probability"),
-        default="msp",
+        choices=get_args(Confidence),
         help="what the column 'confidence' shall be: the largest probability over the whole "
         "vocabulary, or over the letters alone (default: %(default)s)",
     )
-    add_batch_size(group, "questions per device and forward pass")
-    group.add_argument("--bf16", action="store_true", help="load the weights in bfloat16")
+    add_batch_size(model, "questions per device and forward pass")
+    model.add_argument("--bf16", action="store_true", help="load the weights in bfloat16")
+    set_defaults_of(parser, Options)
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Scores.
+    """Score and print.
 
     Raises:
         CliError: An optional package is missing, an argument or the data cannot be used, or the
             model is refused; nothing was written.
     """
     try:
+        from .report import show
         from .scoring import score
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    score(arguments)
+    path = score(options_of(Options, arguments))
+    if path is not None:
+        show(path)

@@ -33,13 +33,13 @@ _TYPES = {
 
 
 def schema(settings: dict[str, Any], *, groups: bool) -> pa.Schema:
-    """The schema of a score file, with or without a column for groups."""
+    """Return the schema of a score file, with or without a column for groups."""
     fields = [(name, type_) for name, type_ in _TYPES.items() if groups or name != "group"]
     return pa.schema(fields, metadata={SETTINGS: json.dumps(settings)})
 
 
 def write_part(path: Path, schema: pa.Schema, scores: Iterable[Score], model: str) -> None:
-    """Writes scores as they come, in row groups; on failure, nothing is left."""
+    """Write scores as they come, in row groups; on failure, nothing is left."""
     rows = iter(scores)
     try:
         with parquet.ParquetWriter(path, schema) as writer:
@@ -53,7 +53,7 @@ def write_part(path: Path, schema: pa.Schema, scores: Iterable[Score], model: st
 
 
 def join_parts(parts: Sequence[Path], path: Path) -> None:
-    """Puts `path` in the place of its parts, all at once."""
+    """Put `path` in the place of its parts, all at once."""
     first, *others = parts
     if others:
         whole = part_of(path, "whole")
@@ -69,7 +69,7 @@ def join_parts(parts: Sequence[Path], path: Path) -> None:
 
 
 def part_of(path: Path, name: object) -> Path:
-    """Where a part of a file lies until the whole is done: beside it, so that it can be moved."""
+    """Return where a part of a file lies until the whole is done: beside it, so that it can be moved."""
     return path.with_name(f".{path.name}.{name}.part")
 
 

@@ -1,6 +1,5 @@
-"""`levelhead score` from end to end."""
+"""Put the questions of a data set to a model, and write the scores to a file."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -14,18 +13,11 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from rich.markup import escape
 
 from levelhead import __version__
-from levelhead.scoring import (
-    PHRASINGS,
-    Prompt,
-    Prompter,
-    Question,
-    Score,
-    position_limit,
-    score_prompts,
-)
+from levelhead.scoring import Prompter, Question, Score
+from levelhead.scoring.prompts import PHRASINGS, Prompt
+from levelhead.scoring.scores import position_limit, score_prompts
 
 from ..errors import CliError
 from ..models import load_model, load_tokenizer
@@ -34,7 +26,7 @@ from ..progress import progress_bar
 from ..rows import usable
 from ..sources import Source, open_source
 from .file import join_parts, part_of, schema, write_part
-from .report import notes, table
+from .options import Options
 
 _HINT = (
     'each row must have "question", "choices" (a list of texts) and "answer" (a letter, an index '
@@ -42,8 +34,14 @@ _HINT = (
 )
 
 
-def score(arguments: argparse.Namespace) -> None:
-    """Scores as the command line says; several processes take a share of the questions each.
+def score(options: Options) -> Path | None:
+    """Score the questions of `options.data`; several processes take a share of them each.
+
+    Args:
+        options: Those of `levelhead score`.
+
+    Returns:
+        The score file; None in a process that is not the main one.
 
     Raises:
         CliError: An argument or the data cannot be used, or the model is refused; nothing was
@@ -53,35 +51,37 @@ def score(arguments: argparse.Namespace) -> None:
     console = Console(quiet=not processes.is_main_process)
     if not processes.is_main_process:
         transformers.utils.logging.disable_progress_bar()
-    path: Path = arguments.output
+    path = options.output
     if path.is_dir():
         raise CliError(f"{path} is a folder; name a file with --output")
     make_folder(path.parent)
-    tokenizer = load_tokenizer(
-        arguments.model, arguments.chat_template, trust_remote_code=arguments.trust_remote_code
-    )
-    model = _model(arguments).to(processes.device).eval()
-    prompter = _prompter(arguments, tokenizer, model)
+    code = options.trust_remote_code
+    tokenizer = load_tokenizer(options.model, options.chat_template, trust_remote_code=code)
+    if options.model == "tiny":
+        transformers.set_seed(0)  # the same random weights every time
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    model = load_model(options.model, dtype, trust_remote_code=code).to(processes.device).eval()
+    prompter = _prompter(options, tokenizer, model)
     with console.status("Reading the questions"):
-        source = open_source(arguments.data, arguments.dataset_config, arguments.dataset_split)
+        source = open_source(options.data, options.dataset_config, options.dataset_split)
         prompts = _prompts(source, prompter)
-    settings = _settings(arguments, prompts, prompter.chat_template, tokenizer, model)
+    settings = _settings(options, prompts, prompter.chat_template, tokenizer, model)
     groups = any(prompt.question.group is not None for prompt in prompts)
-    parts = [part_of(path, rank) for rank in range(processes.num_processes)]
-    share = _share(prompts, processes.process_index, processes.num_processes)
-    scores = _scores(arguments, model, share, tokenizer, console)
-    write_part(
-        parts[processes.process_index], schema(settings, groups=groups), scores, arguments.model
-    )
+    rank, ranks = processes.process_index, processes.num_processes
+    parts = [part_of(path, part) for part in range(ranks)]
+    # Consecutive ones, so that the shares of all processes make the whole in its order.
+    share = prompts[len(prompts) * rank // ranks : len(prompts) * (rank + 1) // ranks]
+    scores = _scores(options, model, share, tokenizer, console)
+    write_part(parts[rank], schema(settings, groups=groups), scores, options.model)
     processes.wait_for_everyone()
-    if processes.is_main_process:
-        join_parts(parts, path)
-        console.print(table(path), notes(path), sep="\n")
-        console.print(f"Scores: [bold]{escape(str(path))}[/]", soft_wrap=True)
+    if not processes.is_main_process:
+        return None
+    join_parts(parts, path)
+    return path
 
 
 def _processes() -> PartialState:
-    """The processes that were launched, this one among them."""
+    """Return the processes that were launched, this one among them."""
     processes = PartialState(cpu=not torch.accelerator.is_available())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if processes.num_processes != launched:
@@ -92,24 +92,14 @@ def _processes() -> PartialState:
     return processes
 
 
-def _model(arguments: argparse.Namespace) -> Any:
-    if arguments.model == "tiny":
-        transformers.set_seed(0)  # the same random weights every time
-    return load_model(
-        arguments.model,
-        torch.bfloat16 if arguments.bf16 else torch.float32,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-
-
-def _prompter(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> Prompter:
-    limits = [limit for limit in (arguments.max_length, position_limit(model)) if limit is not None]
+def _prompter(options: Options, tokenizer: Any, model: Any) -> Prompter:
+    limits = [limit for limit in (options.max_length, position_limit(model)) if limit is not None]
     try:
         return Prompter(
             tokenizer,
-            phrasing=arguments.phrasing,
-            seed=arguments.seed,
-            chat_template=False if arguments.no_chat_template else None,
+            phrasing=options.phrasing,
+            seed=options.seed,
+            chat_template=False if options.no_chat_template else None,
             max_length=min(limits, default=None),
         )
     except ValueError as error:
@@ -117,7 +107,7 @@ def _prompter(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> Prom
 
 
 def _prompts(source: Source, prompter: Prompter) -> list[Prompt]:
-    """A prompt for each row; what has no id goes by the number of its row."""
+    """Return a prompt for each row; what has no id goes by the number of its row."""
 
     def parse(numbered: tuple[int, Any]) -> Prompt:
         number, row = numbered
@@ -133,13 +123,8 @@ def _prompts(source: Source, prompter: Prompter) -> list[Prompt]:
     return prompts
 
 
-def _share(prompts: list[Prompt], rank: int, processes: int) -> list[Prompt]:
-    """Consecutive ones, so that the shares of all processes make the whole in its order."""
-    return prompts[len(prompts) * rank // processes : len(prompts) * (rank + 1) // processes]
-
-
 def _scores(
-    arguments: argparse.Namespace,
+    options: Options,
     model: Any,
     prompts: list[Prompt],
     tokenizer: Any,
@@ -149,8 +134,8 @@ def _scores(
         scores = score_prompts(
             model,
             prompts,
-            batch_size=arguments.batch_size,
-            confidence=arguments.confidence,
+            batch_size=options.batch_size,
+            confidence=options.confidence,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
         with progress_bar(console, "questions") as progress:
@@ -160,30 +145,30 @@ def _scores(
 
 
 def _settings(
-    arguments: argparse.Namespace,
+    options: Options,
     prompts: list[Prompt],
     chat_template: bool,
     tokenizer: Any,
     model: Any,
 ) -> dict[str, Any]:
-    """What the scores depend on."""
+    """Return what the scores depend on."""
     longest = max(prompts, key=lambda prompt: len(prompt.letter_ids))
     return {
-        "model": arguments.model,
+        "model": options.model,
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "data": arguments.data,
-        "dataset_config": arguments.dataset_config,
-        "dataset_split": arguments.dataset_split,
+        "data": options.data,
+        "dataset_config": options.dataset_config,
+        "dataset_split": options.dataset_split,
         "questions": len(prompts),
         "digest": _digest(prompts),
-        "seed": arguments.seed,
-        "phrasing": arguments.phrasing,
-        "prompt": PHRASINGS[arguments.phrasing],
+        "seed": options.seed,
+        "phrasing": options.phrasing,
+        "prompt": PHRASINGS[options.phrasing],
         "chat_template": chat_template,
         "letters": tokenizer.convert_ids_to_tokens(list(longest.letter_ids)),
-        "confidence": arguments.confidence,
-        "batch_size": arguments.batch_size,
+        "confidence": options.confidence,
+        "batch_size": options.batch_size,
         "versions": {
             "levelhead": __version__,
             "python": sys.version.split()[0],
@@ -194,7 +179,7 @@ def _settings(
 
 
 def _digest(prompts: list[Prompt]) -> str:
-    """Of the questions as they were read, whatever file format and model."""
+    """Return a digest of the questions as they were read, whatever file format and model."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps(astuple(prompt.question)).encode())

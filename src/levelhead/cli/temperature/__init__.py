@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_model, add_reading
+from ..arguments import add_model, add_reading, options_of, set_defaults_of
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -30,7 +31,7 @@ DIR receives the model, its tokenizer and summary.json.
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `temperature` to the verbs of the command."""
+    """Add `temperature` to the verbs of the command."""
     parser = verbs.add_parser(
         "temperature",
         help="calibrate a model with one temperature, fitted on held-out data",
@@ -49,18 +50,20 @@ def add_parser(verbs: Any) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="empty folder for the results"
     )
     add_reading(parser.add_argument_group("reading"))
+    set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fits, reports and writes.
+    """Fit, write and report.
 
     Raises:
         CliError: An optional package is missing, or the model or the data cannot be used; nothing
             was written.
     """
     try:
-        from .calibrate import calibrate
+        from .calibrate import calibrate, show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    calibrate(arguments)
+    options = options_of(Options, arguments)
+    show(calibrate(options), options.output)
