@@ -2,11 +2,13 @@
 
 import argparse
 import math
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+OptionsT = TypeVar("OptionsT")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,6 +51,18 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def set_defaults_of(parser: argparse.ArgumentParser, options: type[Any]) -> None:
+    """Take the defaults of a verb's arguments from the dataclass that they become."""
+    known = {field.name: field.default for field in fields(options)}
+    parser.set_defaults(**{name: x for name, x in known.items() if x is not MISSING})
+
+
+def options_of(options: type[OptionsT], arguments: argparse.Namespace) -> OptionsT:
+    """Return the parsed arguments of a verb as a dataclass with a field for each."""
+    values = vars(arguments)
+    return options(**{field.name: values[field.name] for field in fields(options)})  # type: ignore[arg-type]
 
 
 def add_model(parser: Any, options: Any = None, *, optional: bool = False) -> None:
