@@ -1,10 +1,8 @@
 """`levelhead sft`: fine-tune a model on the user's own data, with smoothed labels."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..arguments import (
     add_batch_size,
@@ -20,9 +18,6 @@ from ..arguments import (
 )
 from ..errors import missing_extra
 from .options import Options
-
-if TYPE_CHECKING:
-    from .report import Run
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -230,32 +225,15 @@ def _add_training(group: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fine-tune and print what came of it.
+    """Fine-tune, and print what came of it.
 
     Raises:
-        CliError: As `fine_tune`.
-    """
-    result = fine_tune(options_of(Options, arguments))
-    from .report import show  # needs an extra, of which fine_tune tells
-
-    show(result)
-
-
-def fine_tune(options: Options) -> Run:
-    """Fine-tune a model, and write it to `options.output` with its tokenizer, summary.json and checkpoints.
-
-    Args:
-        options: Those of `levelhead sft`.
-
-    Returns:
-        What is in summary.json.
-
-    Raises:
-        CliError: An optional package is missing, an option or the data cannot be used, or the
+        CliError: An optional package is missing, an argument or the data cannot be used, or the
             model is refused; nothing was trained.
     """
     try:
-        from . import training
+        from .report import show
+        from .training import fine_tune
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    return training.fine_tune(options)
+    show(fine_tune(options_of(Options, arguments)))

@@ -160,9 +160,7 @@ class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             )
             set_objective(model, rcft)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Go on from the last E-step before the checkpoint."""
         if state.global_step:
             with safe_open(_path(args, state), "pt") as file:
@@ -170,13 +168,7 @@ class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 self._before = Regime(**json.loads(file.metadata()["before"]))
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        _control: Any,
-        *,
-        train_dataloader: Any,
-        **_: Any,
+        self, args: Any, state: TrainerState, _control: Any, *, train_dataloader: Any, **_: Any
     ) -> None:
         """Decide whether an E-step is due before this optimiser step."""
         every = self._options.em_refresh
@@ -185,9 +177,7 @@ class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         step = state.global_step
         self._due = step % every == 0 if isinstance(every, int) else step == 0
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Write the result of the last E-step into the checkpoint."""
         if args.should_save and self._bins is not None and self._before is not None:
             tensors = {name: x.cpu().contiguous() for name, x in self._bins._asdict().items()}

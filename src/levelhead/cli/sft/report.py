@@ -28,24 +28,17 @@ class Change:
 
 @dataclass(frozen=True)
 class TokenCalibration:
-    """How right and how sure the model was of evaluation tokens at the last evaluation.
-
-    Attributes:
-        token_accuracy: Share of tokens that were the likeliest, in [0, 1].
-        mean_confidence: Mean of the largest probability, in [0, 1].
-        ece: Expected calibration error, 10 bins of equal width, in [0, 1].
-        trust: `token_accuracy` less `ece`, the score of FIRST (Shum et al. 2024, https://arxiv.org/abs/2408.12168).
-    """
+    """How right and how sure the model was of evaluation tokens at the last evaluation, each in [0, 1]."""
 
     token_accuracy: float
     mean_confidence: float
-    ece: float
-    trust: float
+    ece: float  # expected calibration error, 10 bins of equal width
+    trust: float  # accuracy - ece, the score of FIRST (Shum et al. 2024, https://arxiv.org/abs/2408.12168)
 
 
 @dataclass(frozen=True)
 class LogitMemory:
-    """Memory that the logits of the largest batch on one device take, in bytes; `how` says by which formula."""
+    """Bytes that the logits of the largest batch on one device take; `how` says by which formula."""
 
     positions: int
     vocabulary: int
@@ -56,47 +49,26 @@ class LogitMemory:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to: the content of summary.json.
+    """What a run came to: the content of summary.json. Of a resumed run, its earlier parts count too."""
 
-    Attributes:
-        levelhead: Version.
-        torch: Version.
-        transformers: Version.
-        platform: The operating system and machine.
-        device: Type of device.
-        processes: Number of them.
-        settings: The options of the run.
-        rows: What became of the rows of "data" and "eval".
-        steps: Optimiser steps, those before a resumption included.
-        epochs: Passes over the data.
-        loss: Of training, nats; None if none was finite.
-        eval_loss: Not smoothed, nats.
-        calibration: Of evaluation tokens; None without evaluation.
-        tokens: That were trained on, those before a resumption included.
-        seconds: Duration of training, evaluation and checkpoints included.
-        tokens_per_second: Of those in `seconds`.
-        logits: Memory of the logits.
-        regimes: Of calibration-aware fine-tuning, by what was asked when.
-    """
-
-    levelhead: str
+    levelhead: str  # version, as of the next two
     torch: str
     transformers: str
     platform: str
     device: str
     processes: int
-    settings: dict[str, object]
-    rows: dict[str, Counts]
+    settings: dict[str, object]  # the options, completed
+    rows: dict[str, Counts]  # of "data" and "eval"
     steps: int
     epochs: float
-    loss: Change | None
-    eval_loss: Change | None
+    loss: Change | None  # None: no finite one was logged
+    eval_loss: Change | None  # not smoothed
     calibration: TokenCalibration | None
     tokens: int
-    seconds: float
+    seconds: float  # of this part alone: training, evaluation and checkpoints
     tokens_per_second: float
     logits: LogitMemory
-    regimes: dict[str, Regime]
+    regimes: dict[str, Regime]  # of calibration-aware fine-tuning, by what was asked and when
 
 
 def show(run: Run) -> None:

@@ -412,9 +412,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 class _MarkWhole(TrainerCallback):  # type: ignore[misc]
     """Marks each checkpoint after every process has written its part of it."""
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         args.distributed_state.wait_for_everyone()
         if args.should_save:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
@@ -428,26 +426,17 @@ class _Show(TrainerCallback):  # type: ignore[misc]
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def on_train_begin(
-        self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.tokens_before = state.num_input_tokens_seen
         self._bar = self._progress.add_task(
             "training", total=state.max_steps, completed=state.global_step
         )
 
-    def on_step_end(
-        self, _args: TrainingArguments, state: TrainerState, _control: Any, **_: Any
-    ) -> None:
+    def on_step_end(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self._progress.update(self._bar, completed=state.global_step)
 
     def on_log(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        _control: Any,
-        logs: dict[str, float],
-        **_: Any,
+        self, _args: Any, state: TrainerState, _control: Any, logs: dict[str, float], **_: Any
     ) -> None:
         named = {
             "loss": "loss",

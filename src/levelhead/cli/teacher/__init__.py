@@ -1,10 +1,8 @@
 """`levelhead teacher`: store a teacher's most likely tokens at each position of its students' data."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..arguments import (
     add_batch_size,
@@ -17,9 +15,6 @@ from ..arguments import (
 )
 from ..errors import missing_extra
 from .options import Options
-
-if TYPE_CHECKING:
-    from .store import Manifest
 
 _PACKAGES = {"datasets", "jinja2", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -91,30 +86,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Record, and print what is in the store once it is finished.
 
     Raises:
-        CliError: As `record`.
-    """
-    options = options_of(Options, arguments)
-    if manifest := record(options):
-        from .recording import show  # needs an extra, of which record tells
-
-        show(manifest, options.output)
-
-
-def record(options: Options) -> Manifest | None:
-    """Make the store `options.output`, or go on with it.
-
-    Args:
-        options: Those of `levelhead teacher`.
-
-    Returns:
-        The manifest of the store; None if another process has not done its share yet.
-
-    Raises:
-        CliError: An optional package is missing, an option or the data cannot be used, the model
-            is refused, or the store was begun with other settings.
+        CliError: An optional package is missing, an argument or the data cannot be used, or the
+            model is refused.
     """
     try:
-        from . import recording
+        from .recording import record, show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    return recording.record(options)
+    options = options_of(Options, arguments)
+    if manifest := record(options):
+        show(manifest, options.output)
