@@ -27,7 +27,7 @@ from torch import Tensor
 from levelhead.calibration import calibration_error
 from levelhead.cli.demo import data as demo
 from levelhead.cli.demo.training import Recipe, answer, build_pair, number_of_steps
-from levelhead.cli.teacher.store import Forced, Row, shard_path, write_shard
+from levelhead.cli.teacher.store import Prediction, Row, shard_path, write_shard
 from levelhead.heads.head import head_input, single_head
 from levelhead.integrations import set_objective
 from levelhead.measure import memory
@@ -136,7 +136,9 @@ def store_size() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(V, (1000, 128, K), generator=generator)
     log_probs = torch.randn(1000, 128, K, generator=generator).log_softmax(-1)
-    rows = [Forced(Row(i, p), torch.zeros(128).bool()) for i, p in zip(ids, log_probs, strict=True)]
+    rows = [
+        Prediction(Row(i, p), torch.zeros(128).bool()) for i, p in zip(ids, log_probs, strict=True)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder), 0, (rows[i : i + 8] for i in range(0, 1000, 8)))
         size = shard_path(Path(folder), 0).stat().st_size

@@ -63,6 +63,7 @@ def test_every_module_of_the_core_imports_without_optional_packages(fresh: Path)
         "levelhead.cli.bench.report",
         "levelhead.cli.capacity.",
         "levelhead.cli.demo.",
+        "levelhead.cli.examples",
         "levelhead.cli.models",
         "levelhead.cli.progress",
         "levelhead.cli.report.",

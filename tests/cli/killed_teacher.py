@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from levelhead.cli import main
-from levelhead.cli.teacher import forcing, making, store
+from levelhead.cli.teacher import recording, store
 
 
 def kill(*_: Any, **__: Any) -> None:
@@ -18,15 +18,15 @@ def kill(*_: Any, **__: Any) -> None:
 
 def arm(moment: str) -> None:
     """Make this process end by SIGKILL at the moment."""
-    store.ROWS = making.ROWS = 4
+    store.ROWS = recording.ROWS = 4
     if moment == "inside a shard":
-        original, calls = forcing.Forcing._batch, []
+        original, calls = recording._Teacher._batch, []
 
         def batch(self: Any, *arguments: Any) -> Any:
             calls.append(None)
             return original(self, *arguments) if len(calls) < 4 else kill()
 
-        forcing.Forcing._batch = batch  # type: ignore[method-assign]
+        recording._Teacher._batch = batch  # type: ignore[method-assign]
     elif moment == "before a shard is described":
         write = store.write_atomically
 
@@ -35,7 +35,7 @@ def arm(moment: str) -> None:
 
         store.write_atomically = described  # type: ignore[assignment]
     elif moment == "before the manifest":
-        making._finish = kill  # type: ignore[assignment]
+        recording._finish = kill  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from levelhead.cli.errors import CliError
 from levelhead.cli.models import TINY, load_tokenizer
-from levelhead.cli.sft.questions import QUESTIONS, QuestionCollator, question_encoder
+from levelhead.cli.sft.calibration import QuestionCollator, question_encoder
 
 ROW = {"question": "2 + 2?", "choices": ["3", "vier", "5"], "answer": "vier"}
 
@@ -20,7 +20,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_the_letter_of_the_right_choice_follows_the_question(tokenizer, completion_only):
-    tokens = question_encoder(tokenizer, completion_only=completion_only)(QUESTIONS.parse(ROW))
+    tokens = question_encoder(tokenizer, completion_only=completion_only).encode(ROW)
     letter = tokens.input_ids[tokens.answer_position + 1]
     assert tokens.input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(tokens.choices) == "ABC"
@@ -35,16 +35,16 @@ def test_the_letter_of_the_right_choice_follows_the_question(tokenizer, completi
 
 
 def test_a_question_whose_answer_is_cut_off_is_not_trained_on(tokenizer):
-    tokens = question_encoder(tokenizer, completion_only=False)(QUESTIONS.parse(ROW))
+    tokens = question_encoder(tokenizer, completion_only=False).encode(ROW)
     at = tokens.answer_position
     assert tokens.cut(at + 2).supervised == at + 1
     assert tokens.cut(at + 1).supervised == 0
 
 
 def test_only_numbered_questions_come_with_their_letters(tokenizer):
-    encode = question_encoder(tokenizer, completion_only=True)
-    two = encode(QUESTIONS.parse(ROW | {"choices": ["vier", "5"]}))._asdict()
-    three = encode(QUESTIONS.parse(ROW))._asdict()
+    encode = question_encoder(tokenizer, completion_only=True).encode
+    two = vars(encode(ROW | {"choices": ["vier", "5"]}))
+    three = vars(encode(ROW))
     collate = QuestionCollator(0, width=4)
     assert set(collate([two, three])) == {"input_ids", "labels", "attention_mask"}
     batch = collate([two | {"question": 7}, three | {"question": 2}])

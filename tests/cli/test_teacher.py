@@ -15,10 +15,9 @@ pytest.importorskip("peft")
 
 from levelhead.cli import main
 from levelhead.cli.errors import CliError
+from levelhead.cli.examples import Pair, encode
 from levelhead.cli.models import load_model, load_tokenizer
-from levelhead.cli.sft.data import Pair
-from levelhead.cli.sft.tokens import encode
-from levelhead.cli.teacher import making, store
+from levelhead.cli.teacher import recording, store
 from levelhead.cli.teacher.store import TeacherStore
 
 ROWS = [{"prompt": f"box {i}:", "completion": f" {'plüm' * (1 + i % 3)}"} for i in range(10)]
@@ -36,7 +35,7 @@ def data(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    for module in (store, making):
+    for module in (store, recording):
         monkeypatch.setattr(module, "ROWS", 4)
 
 
@@ -105,13 +104,13 @@ def test_two_processes_share_the_work_in_any_order(data, tmp_path, monkeypatch, 
 
 def test_recalibration_is_chosen_reported_and_changed_without_another_pass(data, tmp_path, capsys):
     taught = teach(data, tmp_path / "store", "--validation", data)
-    found = taught.recalibration
+    found = taught.manifest.recalibration
     assert found.method == "temperature"
     assert found.ece_after == min(error for _, error in found.curve)
     assert f"{found.value:.2f}: {found.ece_after:.4f}" in capsys.readouterr().out.replace("\n", "")
     before = shards(tmp_path / "store")
     again = teach(data, tmp_path / "store", "--validation", data, "--recalibrate", "smoothing")
-    assert again.recalibration.method == "smoothing"
+    assert again.manifest.recalibration.method == "smoothing"
     assert shards(tmp_path / "store") == before
 
 
@@ -181,7 +180,7 @@ def test_the_loss_of_the_first_step_is_that_of_the_logits(data, tmp_path):
         asked = torch.tensor(tokens.labels[1:]) != -100
         student_log_probs = model(torch.tensor([tokens.input_ids])).logits[0, :-1].log_softmax(-1)
         ids, log_probs = taught[number]
-        teacher = taught.recalibration(log_probs)
+        teacher = taught.manifest.recalibration(log_probs)
         picked = student_log_probs[asked].gather(1, ids)
         losses.append((teacher.exp() * (teacher - picked)).sum(1))
     expected = torch.cat(losses).mean().item()

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,44 +14,36 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def share(text: str) -> float:
-    """A number in [0, 1]."""
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a number in [0, 1], got {text!r}; a common choice is 0.1"
-        )
-    return value
+    """Return a number in [0, 1]."""
+    return _number(text, lambda x: 0 <= x <= 1, "in [0, 1]", "; a common choice is 0.1")
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+    """Return a finite number above 0."""
+    return _number(text, lambda x: 0 < x < math.inf, "above 0")
 
 
 def weight(text: str) -> float:
-    """A finite number from 0 on."""
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
-    return value
+    """Return a finite number from 0 on."""
+    return _number(text, lambda x: 0 <= x < math.inf, "from 0 on")
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return value
 
 
-def _number(text: str) -> float:
+def _number(text: str, valid: Callable[[float], bool], where: str, advice: str = "") -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        return math.nan
+        value = math.nan
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"must be a number {where}, got {text!r}{advice}")
+    return value
 
 
 def set_defaults_of(parser: argparse.ArgumentParser, options: type[Any]) -> None:
@@ -66,7 +59,7 @@ def options_of(options: type[OptionsT], arguments: argparse.Namespace) -> Option
 
 
 def add_model(parser: Any, options: Any = None, *, optional: bool = False) -> None:
-    """Adds MODEL, and to `options`, a group of them, whether its own code may run."""
+    """Add MODEL, and to `options`, a group of them, whether its own code may run."""
     parser.add_argument(
         "model",
         nargs="?" if optional else None,
@@ -82,12 +75,12 @@ def add_model(parser: Any, options: Any = None, *, optional: bool = False) -> No
 
 
 def add_dtype(parser: Any, default: str) -> None:
-    """Adds the dtype of a head, a key of DTYPES."""
+    """Add the dtype of a head, a key of DTYPES."""
     parser.add_argument("--dtype", choices=DTYPES, default=default, help="(default: %(default)s)")
 
 
 def add_data(parser: Any) -> None:
-    """Adds DATA."""
+    """Add DATA."""
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -96,7 +89,7 @@ def add_data(parser: Any) -> None:
 
 
 def add_rows(group: Any, split: str = "train") -> None:
-    """Adds which rows of DATA are meant, and how chats become text."""
+    """Add which rows of DATA are meant, and how chats become text."""
     group.add_argument(
         "--chat-template",
         type=Path,
@@ -113,7 +106,7 @@ def add_rows(group: Any, split: str = "train") -> None:
 
 
 def add_batch_size(group: Any, what: str = "rows per forward pass") -> None:
-    """Adds how many rows are read at a time."""
+    """Add how many rows are read at a time."""
     group.add_argument(
         "--batch-size",
         type=count,
@@ -124,7 +117,7 @@ def add_batch_size(group: Any, what: str = "rows per forward pass") -> None:
 
 
 def add_reading(group: Any) -> None:
-    """Adds what says which tokens of DATA a model reads, and how many at a time."""
+    """Add what says which tokens of DATA a model reads, and how many at a time."""
     group.add_argument(
         "--max-tokens",
         type=count,

@@ -2,14 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .errors import CliError
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder if it is not there.
+    """Make a folder if it is not there.
 
     Raises:
         CliError: It cannot be made, or nothing can be written to it.
@@ -22,16 +22,16 @@ def make_folder(path: Path) -> None:
         raise CliError(f"cannot write to the folder {path}; name another one with --output")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON for people and programs alike."""
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON for people and programs alike."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def changed_settings(path: Path, settings: dict[str, Any]) -> str:
-    """Which settings are not those that a verb wrote down when it began, with both values; empty: none.
+def changed_settings(path: Path, settings: Mapping[str, object]) -> str:
+    """Return which settings are not those in the file `path`, with both values; empty: none.
 
     Raises:
-        CliError: What it wrote cannot be read.
+        CliError: The file cannot be read.
     """
     try:
         before = json.loads(path.read_text())

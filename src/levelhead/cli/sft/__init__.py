@@ -10,11 +10,14 @@ from ..arguments import (
     add_model,
     add_rows,
     count,
+    options_of,
     positive,
+    set_defaults_of,
     share,
     weight,
 )
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"accelerate", "datasets", "jinja2", "peft", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -46,7 +49,7 @@ nothing is trained: all are counted, and the first twenty named with the reason.
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `sft` to the verbs of the command."""
+    """Add `sft` to the verbs of the command."""
     parser = verbs.add_parser(
         "sft",
         help="fine-tune a model with smoothed labels on your own data",
@@ -65,6 +68,7 @@ def add_parser(verbs: Any) -> None:
     _add_loss(loss)
     _add_calibration(calibration)
     _add_training(training)
+    set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
 
 
@@ -73,7 +77,6 @@ def _add_data(group: Any) -> None:
     group.add_argument(
         "--max-length",
         type=count,
-        default=1024,
         metavar="TOKENS",
         help="cut rows to this length; one whose completion lies beyond it is left out, and "
         "counted (default: %(default)s)",
@@ -81,7 +84,6 @@ def _add_data(group: Any) -> None:
     add_rows(group)
     group.add_argument(
         "--eval-split",
-        default="test",
         metavar="NAME",
         help="of --eval, if it is a data set given by name (default: %(default)s)",
     )
@@ -104,7 +106,6 @@ def _add_loss(group: Any) -> None:
     group.add_argument(
         "--temperature",
         type=positive,
-        default=1.0,
         metavar="T",
         help="train on logits / T, and multiply the loss by T (default: %(default)s)",
     )
@@ -163,7 +164,7 @@ def _add_calibration(group: Any) -> None:
 
 
 def _refresh(text: str) -> str | int:
-    """When E-steps are due."""
+    """Return when E-steps are due."""
     if text in ("once", "epoch"):
         return text
     try:
@@ -176,9 +177,7 @@ def _refresh(text: str) -> str | int:
 
 def _add_training(group: Any) -> None:
     length = group.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs", type=positive, default=3.0, metavar="N", help="(default: %(default)s)"
-    )
+    length.add_argument("--epochs", type=positive, metavar="N", help="(default: %(default)s)")
     length.add_argument("--max-steps", type=count, metavar="N", help="instead of --epochs")
     group.add_argument(
         "--learning-rate",
@@ -190,7 +189,6 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--gradient-accumulation",
         type=count,
-        default=1,
         metavar="N",
         help="forward passes per step (default: %(default)s)",
     )
@@ -215,7 +213,6 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--save-steps",
         type=count,
-        default=500,
         metavar="N",
         help="write a checkpoint every N steps, and keep two (default: %(default)s)",
     )
@@ -224,18 +221,19 @@ def _add_training(group: Any) -> None:
         action="store_true",
         help="go on from the last whole checkpoint in DIR, if there is one",
     )
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--seed", type=int, metavar="N", help="(default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fine-tunes.
+    """Fine-tune, and print what came of it.
 
     Raises:
         CliError: An optional package is missing, an argument or the data cannot be used, or the
             model is refused; nothing was trained.
     """
     try:
+        from .report import show
         from .training import fine_tune
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    fine_tune(arguments)
+    show(fine_tune(options_of(Options, arguments)))

@@ -1,19 +1,19 @@
-"""What `levelhead sft --calibration-aware` adds to a run: the E-steps, and the regime before and after."""
+"""What `levelhead sft --calibration-aware` adds to a run: questions as tokens, E-steps, regimes."""
 
-import argparse
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from levelhead.integrations import set_objective
 from levelhead.objectives.calibration_aware import (
@@ -25,75 +25,117 @@ from levelhead.objectives.calibration_aware import (
 from levelhead.objectives.rcft import CalibrationAware, choice_logits
 from levelhead.objectives.regime import Regime, calibration_regime
 from levelhead.ops.checks import IGNORE_INDEX
+from levelhead.scoring import Prompter, Question
 
 from ..errors import CliError
-from .tokens import Tokens
+from ..examples import IDS, Collator, Encoder, Tokens
+from .options import Options
 
-_FILE = "expectation.safetensors"  # in a checkpoint: what the last E-step before it found
-_OF_RCFT = ("ece", "ece_weight", "em_refresh")
-_MODEL_INPUTS = (*Tokens._fields, "attention_mask")
+_FILE = "expectation.safetensors"  # in a checkpoint: the result of the last E-step before it
+_MODEL_INPUTS = ("input_ids", "labels", "attention_mask")
+_HINT = (
+    'each row must have "question", a text, "choices", a list of texts, and "answer": the letter, the '
+    "index (from 0) or the text of the right choice"
+)
+_INT = pa.int32()
 
 
-def complete(arguments: argparse.Namespace) -> None:
-    """Sets what the options of calibration-aware fine-tuning leave open.
+@dataclass(frozen=True)
+class QuestionTokens(Tokens):
+    """A multiple-choice question and its answer as the model reads them."""
+
+    choices: list[int]  # the token of each letter, in the order in which the choices are shown
+    answer: int  # index into them
+    answer_position: int  # of the token that predicts the letter
+
+    @property
+    def supervised(self) -> int:
+        """Positions with a loss; none if the answer was cut off."""
+        return super().supervised if len(self.labels) > self.answer_position + 1 else 0
+
+
+def question_encoder(tokenizer: Any, *, completion_only: bool) -> Encoder:
+    """Return the encoder of questions: as `levelhead score` asks them, then the letter and EOS.
+
+    Args:
+        tokenizer: The model's.
+        completion_only: Whether the letter and EOS alone have a loss, or every token.
 
     Raises:
-        CliError: They do not go together, or not with others.
+        CliError: The tokenizer cannot do it.
     """
-    method = arguments.calibration_aware
-    given = [name for name in (*_OF_RCFT, "critical_accuracy") if vars(arguments)[name] is not None]
-    if method is None:
-        if given:
-            raise CliError(f"{_named(given)} needs --calibration-aware cft or rcft")
-        return
-    if arguments.teacher:
+    if tokenizer.eos_token_id is None:
         raise CliError(
-            "--calibration-aware learns from answers, --teacher from a teacher; take one"
+            "the tokenizer has no EOS token, so no answer could end; set its eos_token and save it again"
         )
-    if method == "cft":
-        if set(given) & set(_OF_RCFT):
-            raise CliError(
-                f"{_named([name for name in given if name in _OF_RCFT])} is of --calibration-aware rcft; "
-                "cft has no regulariser"
-            )
-    elif arguments.temperature != 1 or arguments.softcap is not None:
-        raise CliError(
-            "--calibration-aware rcft calibrates the model as it will be used, and --temperature and "
-            "--softcap hold in training alone; leave them out"
-        )
-    arguments.smoothing = arguments.smoothing or 0.0
-    if method == "rcft":
-        arguments.ece = arguments.ece or "confidence"
-        arguments.ece_weight = 1.0 if arguments.ece_weight is None else arguments.ece_weight
-        arguments.em_refresh = arguments.em_refresh or "epoch"
+    try:
+        prompter = Prompter(tokenizer)
+    except ValueError as error:
+        raise CliError(str(error)) from error
+
+    def encode(row: dict[str, Any]) -> QuestionTokens:
+        question = Question.from_row(row)
+        prompt = prompter(question)
+        answer = prompt.order.index(question.answer)
+        ids = [*prompt.input_ids, prompt.letter_ids[answer], tokenizer.eos_token_id]
+        asked = len(prompt.input_ids)
+        without = asked if completion_only else 1  # nothing predicts the first token
+        labels = [IGNORE_INDEX] * without + ids[without:]
+        return QuestionTokens(ids, labels, list(prompt.letter_ids), answer, asked - 1)
+
+    schema = pa.schema(
+        {"input_ids": IDS, "labels": IDS, "choices": IDS, "answer": _INT, "answer_position": _INT}
+    )
+    return Encoder(encode, _HINT, schema)
 
 
-def _named(options: Iterable[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in options)
+class QuestionCollator(Collator):
+    """Pads questions; those of training come with what the objective and the E-step need.
+
+    Args:
+        padding: Token that fills up `input_ids`.
+        width: C, the most choices that a question has.
+    """
+
+    def __init__(self, padding: int, width: int) -> None:
+        super().__init__(padding)
+        self._width = width
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return tensors (rows, tokens of the longest row); of numbered rows `choices`, (rows, C), too."""
+        batch = super().__call__(rows)
+        if "question" in rows[0]:
+            choices = torch.full((len(rows), self._width), -1)
+            for padded, row in zip(choices, rows, strict=True):
+                padded[: len(row["choices"])] = torch.tensor(row["choices"])
+            batch["choices"] = choices
+            for name in ("answer_position", "question"):
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
 
 
 class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Lets the model answer all training questions where an E-step is due, and hands out what it found.
+    """Runs an E-step on all training questions where one is due, and hands out its result.
 
-    An E-step depends on the number of the optimiser step alone, and goes into the checkpoint, so that
-    a run that is resumed is the same run. The first one also tells the regime before training.
+    When an E-step is due depends on the number of the optimiser step alone, and its result goes into the
+    checkpoint, so that a run that is resumed is the same run. The first one also tells the regime before training.
 
     Args:
-        arguments: The command line, complete.
+        options: The options of the run, completed.
         tables: Of QuestionTokens: "data", the training questions, and maybe "eval".
 
     Attributes:
         questions: The tables, each question with its number.
     """
 
-    def __init__(self, arguments: argparse.Namespace, tables: dict[str, Dataset]) -> None:
+    def __init__(self, options: Options, tables: dict[str, Dataset]) -> None:
         self.questions = {
             name: table.add_column("question", list(range(len(table))))
             for name, table in tables.items()
         }
-        self._arguments = arguments
+        self._options = options
         self._before: Regime | None = None
-        self._found: BinCounts | None = None
+        self._bins: BinCounts | None = None
         self._due = False
 
     @property
@@ -101,10 +143,10 @@ class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """C, the most choices that a question has."""
         return max(len(row) for table in self.questions.values() for row in table["choices"])
 
-    def set_objective(self, model: Any) -> None:
-        """Makes a patched model train on the loss of RCFT; for CFT it has the loss it needs."""
-        arguments = self._arguments
-        if arguments.calibration_aware == "rcft":
+    def set_objective(self, model: nn.Module) -> None:
+        """Make a patched model train on the loss of RCFT; for CFT it has the loss it needs."""
+        options = self._options
+        if options.calibration_aware == "rcft":
             labels = self.questions["data"].with_format("arrow")["labels"]
             tokens = sum(
                 pc.sum(pc.not_equal(pc.list_flatten(part), IGNORE_INDEX)).as_py()
@@ -112,54 +154,56 @@ class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             )
             rcft = CalibrationAware(
                 tokens,
-                ece_weight=arguments.ece_weight,
-                classwise=arguments.ece == "classwise",
-                label_smoothing=arguments.smoothing,
+                ece_weight=options.ece_weight or 0.0,  # completed: not None
+                classwise=options.ece == "classwise",
+                label_smoothing=options.smoothing or 0.0,
             )
             set_objective(model, rcft)
 
-    def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Goes on from the last E-step before the checkpoint."""
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Go on from the last E-step before the checkpoint."""
         if state.global_step:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
-            with safe_open(path, "pt") as file:
-                self._found = BinCounts(*(file.get_tensor(name) for name in BinCounts._fields))
+            with safe_open(_path(args, state), "pt") as file:
+                self._bins = BinCounts(*(file.get_tensor(name) for name in BinCounts._fields))
                 self._before = Regime(**json.loads(file.metadata()["before"]))
 
     def on_step_begin(
-        self, args: Any, state: Any, _control: Any, *, train_dataloader: Any, **_: Any
+        self, args: Any, state: TrainerState, _control: Any, *, train_dataloader: Any, **_: Any
     ) -> None:
-        """Sees whether an E-step is due before this optimiser step."""
-        every = self._arguments.em_refresh
+        """Decide whether an E-step is due before this optimiser step."""
+        every = self._options.em_refresh
         if every == "epoch":
             every = -(-len(train_dataloader) // args.gradient_accumulation_steps)
         step = state.global_step
         self._due = step % every == 0 if isinstance(every, int) else step == 0
 
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Writes into the checkpoint what the last E-step found."""
-        if args.should_save and self._found is not None and self._before is not None:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
-            tensors = {name: x.cpu().contiguous() for name, x in self._found._asdict().items()}
-            save_file(tensors, path, metadata={"before": json.dumps(asdict(self._before))})
+    def on_save(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Write the result of the last E-step into the checkpoint."""
+        if args.should_save and self._bins is not None and self._before is not None:
+            tensors = {name: x.cpu().contiguous() for name, x in self._bins._asdict().items()}
+            metadata = {"before": json.dumps(asdict(self._before))}
+            save_file(tensors, _path(args, state), metadata=metadata)
 
-    def inputs(self, trainer: Any, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a batch of training questions is to the model, after an E-step if one is due."""
+    def inputs(
+        self, trainer: Trainer, model: nn.Module, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the model's inputs for a batch of training questions; run an E-step before if one is due."""
         if self._due:
             self._due = False
             self._estimate(trainer, model)
         inputs = {name: batch[name] for name in _MODEL_INPUTS}
-        if self._arguments.calibration_aware == "cft" or self._found is None:
+        if self._options.calibration_aware == "cft" or self._bins is None:
             return inputs
-        found = BinCounts(*(x.to(batch["question"].device) for x in self._found))
-        inputs |= {name: batch[name] for name in ("choices", "answer_position")}
+        right, size = (x.to(batch["question"].device) for x in self._bins)
         return inputs | {
-            "bin_right": found.right[batch["question"]],
-            "bin_size": found.size[batch["question"]],
+            "choices": batch["choices"],
+            "answer_position": batch["answer_position"],
+            "bin_right": right[batch["question"]],
+            "bin_size": size[batch["question"]],
         }
 
-    def regimes(self, trainer: Any) -> dict[str, Regime]:
-        """Before and after training, on the training questions and on those of --eval."""
+    def regimes(self, trainer: Trainer) -> dict[str, Regime]:
+        """Return the regimes before and after training, on the training questions and on those of --eval."""
         names = {"data": "training questions, after", "eval": "held-out questions, after"}
         found = {} if self._before is None else {"training questions, before": self._before}
         for name, table in self.questions.items():
@@ -167,21 +211,26 @@ class Expectation(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             found[names[name]] = self._regime(probabilities, answer)
         return found
 
-    def _estimate(self, trainer: Any, model: Any) -> None:
+    def _estimate(self, trainer: Trainer, model: nn.Module) -> None:
         probabilities, valid, answer = _answers(trainer, model, self.questions["data"])
-        bins = classwise_bins if self._arguments.ece == "classwise" else confidence_bins
-        self._found = bins(probabilities, answer, valid=valid)
+        bins = classwise_bins if self._options.ece == "classwise" else confidence_bins
+        self._bins = bins(probabilities, answer, valid=valid)
         if self._before is None:
             self._before = self._regime(probabilities, answer)
 
     def _regime(self, probabilities: Tensor, answer: Tensor) -> Regime:
-        confidence, said = probabilities.max(-1)
-        critical_accuracy = self._arguments.critical_accuracy
-        return calibration_regime(confidence, said == answer, critical_accuracy=critical_accuracy)
+        confidence, predicted = probabilities.max(-1)
+        return calibration_regime(
+            confidence, predicted == answer, critical_accuracy=self._options.critical_accuracy
+        )
 
 
-def _answers(trainer: Any, model: Any, table: Dataset) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities (N, C) of the choices of numbered questions, which there are, and the right ones (N,)."""
+def _path(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
+
+
+def _answers(trainer: Trainer, model: nn.Module, table: Dataset) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities (N, C) of the choices of numbered questions, which exist, and the right ones (N,)."""
     logits = choice_logits(model, trainer.get_eval_dataloader(table), questions=len(table)).cpu()
     valid = ~logits.isneginf()
     probabilities = choice_probabilities(logits, torch.where(valid, 0, -1))

@@ -1,6 +1,5 @@
 """What `levelhead sft --teacher` adds to a run: the teacher's top-k beside the tokens, and the checks that they fit."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ from torch.utils.data import Dataset
 from levelhead.ops.checks import IGNORE_INDEX
 
 from ..errors import CliError
+from ..examples import Collator, Counts
 from ..teacher.store import TeacherStore, vocabulary_digest
-from .preparation import Counts
-from .tokens import Collator
+from .options import Options
 
 
 class TaughtRows(Dataset[dict[str, Any]]):
-    """Rows of Tokens with what a teacher finds likely, recalibrated unless that is declined."""
+    """Rows of Tokens with the teacher's top-k, recalibrated unless `raw`."""
 
     def __init__(self, table: Any, store: TeacherStore, *, raw: bool) -> None:
         self._table = table
         self._store = store
-        self._recalibrate = None if raw else store.recalibration
+        self._recalibrate = None if raw else store.manifest.recalibration
 
     def __len__(self) -> int:
         return len(self._store)
@@ -38,10 +37,10 @@ class TaughtRows(Dataset[dict[str, Any]]):
 
 
 class TaughtCollator(Collator):
-    """Pads rows, with the teacher's columns at the positions that predict what has a loss."""
+    """Pads rows, with the teacher's columns at the positions that predict a token with a loss."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tensors (rows, tokens of the longest row), and (rows, tokens, k); without teacher as ever."""
+        """Return tensors (rows, tokens of the longest row); of training rows (rows, tokens, k), too."""
         batch = super().__call__(rows)
         if "teacher_ids" not in rows[0]:  # of evaluation
             return batch
@@ -53,7 +52,7 @@ class TaughtCollator(Collator):
 
 
 def _aligned(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The teacher's columns of a row, (T, k), where the hidden state predicts a token with a loss."""
+    """Return the teacher's columns of a row, (T, k), where the hidden state predicts a token with a loss."""
     has_loss = torch.tensor(row["labels"][1:]) != IGNORE_INDEX
     has_loss = torch.cat([has_loss, torch.tensor([False])])
     shape = (len(has_loss), row["teacher_ids"].shape[1])
@@ -62,39 +61,40 @@ def _aligned(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, log_probs
 
 
-def check_teacher(arguments: argparse.Namespace, tokenizer: Any, counts: Counts) -> None:
-    """Refuses a store that was not made for these rows and this tokenizer; reads all of it once.
+def check_teacher(folder: Path, options: Options, tokenizer: Any, counts: Counts) -> None:
+    """Refuse a store that was not made for these rows and this tokenizer; read all of it once.
 
     Args:
-        arguments: The command line.
+        folder: Of the store.
+        options: The options of the run.
         tokenizer: The student's.
         counts: What became of the rows.
 
     Raises:
         CliError: It was not, or cannot be used.
     """
-    made = TeacherStore(Path(arguments.teacher)).manifest
-    if made["vocabulary"] != vocabulary_digest(tokenizer):
+    made = TeacherStore(folder).manifest
+    if made.vocabulary != vocabulary_digest(tokenizer):
         raise CliError(
-            f"the tokenizer of {arguments.model} is not that of the teacher {made['model']}, so their "
+            f"the tokenizer of {options.model} is not that of the teacher {made.model}, so their "
             "token ids mean different tokens; distil into a student with the teacher's tokenizer"
         )
-    if made["tokens"] != counts.digest:
+    if made.tokens != counts.digest:
         raise CliError(
-            f"{arguments.teacher} was made for other tokens: {made['rows']:,} rows of {made['data']} "
-            f"with --max-length {made['max_length']}, and these are {counts.rows:,} rows of "
-            f"{arguments.data} with --max-length {arguments.max_length}. Data, --max-length and "
+            f"{options.teacher} was made for other tokens: {made.rows:,} rows of {made.data} "
+            f"with --max-length {made.max_length}, and these are {counts.rows:,} rows of "
+            f"{options.data} with --max-length {options.max_length}. Data, --max-length and "
             "--chat-template must be those of `levelhead teacher`"
         )
 
 
 def check_vocabulary(store: TeacherStore, entries: int) -> None:
-    """Refuses a student whose head has no row for a token of the teacher.
+    """Refuse a student whose head has no row for a token of the teacher.
 
     Raises:
         CliError: It has none.
     """
-    largest = max(shard["largest_id"] for shard in store.manifest["shards"])
+    largest = max(shard.largest_id for shard in store.manifest.shards)
     if largest >= entries:
         raise CliError(
             f"the teacher finds token {largest} likely, and the student's head has {entries} entries; "

@@ -1,174 +1,125 @@
-"""What `levelhead sft` is about to do, and what came of it."""
+"""What a run of `levelhead sft` came to, in summary.json and for the terminal."""
 
-import argparse
-import math
-import platform
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-import transformers
 from rich.markup import escape
 from rich.table import Table
 
-import levelhead
 from levelhead.objectives.regime import Regime
-from levelhead.ops.chunked import chunk_tokens
 
-from .preparation import Counts
+from ..examples import Counts
+from ..progress import main_console
 
 _MIB = 2**20
-_HOW = (
+HOW = (
     "reckoned, not measured, for the largest batch on one device. Dense: its positions x "
     "vocabulary x (logits in the dtype of the computation, their float32 copy where that is "
     "narrower, and their float32 gradient). Levelhead: the most that its buffers of logits may take"
 )
 
 
-def introduction(
-    arguments: argparse.Namespace, counts: dict[str, Counts], checkpoint: Path | None
-) -> str:
-    """The data as the model will see it, and where training starts."""
-    lines = []
-    for name, label in (("data", "Training"), ("eval", "Evaluation")):
-        if name in counts:
-            source, count = vars(arguments)[name], counts[name]
-            lines.append(
-                f"{label}: {count.rows:,} rows of {escape(source)}, {count.tokens:,} tokens, "
-                f"{count.supervised:,} of them with a loss; the longest row has {count.longest:,}."
-            )
-            lines += _cuts(count, arguments.max_length)
-    if checkpoint is not None:
-        lines.append(f"Going on from {escape(str(checkpoint))}.")
-    elif arguments.resume:
-        lines.append("There is no whole checkpoint yet: starting from the beginning.")
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Change:
+    """The first and the last of the losses that were logged, nats."""
+
+    first: float
+    last: float
 
 
-def _cuts(count: Counts, max_length: int) -> list[str]:
-    lines = []
-    if count.cut:
-        lines.append(f"  {count.cut:,} rows were cut to {max_length:,} tokens (--max-length).")
-    if count.left_out:
-        lines.append(
-            f"  {count.left_out:,} more rows were left out: no token of their completion lies "
-            f"within {max_length:,} tokens (--max-length)."
-        )
-    return lines
+@dataclass(frozen=True)
+class TokenCalibration:
+    """How right and how sure the model was of evaluation tokens at the last evaluation, each in [0, 1]."""
+
+    token_accuracy: float
+    mean_confidence: float
+    ece: float  # expected calibration error, 10 bins of equal width
+    trust: float  # accuracy - ece, the score of FIRST (Shum et al. 2024, https://arxiv.org/abs/2408.12168)
 
 
-def summarise(
-    arguments: argparse.Namespace,
-    trainer: Any,
-    counts: dict[str, Counts],
-    positions: int,
-    tokens: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """What goes into summary.json.
+@dataclass(frozen=True)
+class LogitMemory:
+    """Bytes that the logits of the largest batch on one device take; `how` says by which formula."""
 
-    Args:
-        arguments: The command line.
-        trainer: After training.
-        counts: What became of the rows of "data" and "eval".
-        positions: Of the largest batch on one device.
-        tokens: That were trained on in `seconds`; fewer than in all if the run was resumed.
-        seconds: Duration of training, evaluation and checkpoints included.
-    """
-    state = trainer.state
-    return {
-        "levelhead": levelhead.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "device": trainer.args.device.type,
-        "processes": trainer.args.world_size,
-        "settings": _settings(arguments, trainer.args),
-        "rows": {name: vars(count) for name, count in counts.items()},
-        "steps": state.global_step,
-        "epochs": state.epoch,
-        "loss": _first_and_last("loss", state),
-        "eval_loss": _first_and_last("eval_loss", state),
-        "calibration": _calibration(state),
-        "tokens": state.num_input_tokens_seen,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "logits": _logits(trainer, positions),
-    }
+    positions: int
+    vocabulary: int
+    dense_bytes: int
+    levelhead_bytes: int
+    how: str
 
 
-def _settings(arguments: argparse.Namespace, options: Any) -> dict[str, Any]:
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
-        if name not in ("verb", "run", "local_rank")
-    }
-    return settings | {"learning_rate": options.learning_rate}
+@dataclass(frozen=True)
+class Run:
+    """What a run came to: the content of summary.json. Of a resumed run, its earlier parts count too."""
+
+    levelhead: str  # version, as of the next two
+    torch: str
+    transformers: str
+    platform: str
+    device: str
+    processes: int
+    settings: dict[str, object]  # the options, completed
+    rows: dict[str, Counts]  # of "data" and "eval"
+    steps: int
+    epochs: float
+    loss: Change | None  # None: no finite one was logged
+    eval_loss: Change | None  # not smoothed
+    calibration: TokenCalibration | None
+    tokens: int
+    seconds: float  # of this part alone: training, evaluation and checkpoints
+    tokens_per_second: float
+    logits: LogitMemory
+    regimes: dict[str, Regime]  # of calibration-aware fine-tuning, by what was asked and when
 
 
-def _first_and_last(key: str, state: Any) -> dict[str, float] | None:
-    """None without any; JSON has no NaN."""
-    losses = [entry[key] for entry in state.log_history if math.isfinite(entry.get(key, math.nan))]
-    return {"first": losses[0], "last": losses[-1]} if losses else None
+def show(run: Run) -> None:
+    """Print the run, in one of its processes."""
+    console = main_console()
+    console.print(_table(run), _notes(run), sep="\n")
+    if run.regimes:
+        console.print(_calibration(run.regimes), soft_wrap=True)
+    console.print(f"Model: [bold]{escape(str(run.settings['output']))}[/]", soft_wrap=True)
 
 
-def _calibration(state: Any) -> dict[str, float] | None:
-    """What the last evaluation says of the model's confidence in its tokens; trust is FIRST's score."""
-    found = [entry for entry in state.log_history if "eval_ece" in entry]
-    if not found:
-        return None
-    accuracy, error = found[-1]["eval_token_accuracy"], found[-1]["eval_ece"]
-    return {
-        "token_accuracy": accuracy,
-        "mean_confidence": found[-1]["eval_mean_confidence"],
-        "ece": error,
-        "trust": accuracy - error,
-    }
-
-
-def _logits(trainer: Any, positions: int) -> dict[str, Any]:
-    head = trainer.model.get_output_embeddings()
-    entries = positions * head.out_features
-    at_once = chunk_tokens(positions, head.weight, torch.float32)
-    narrow = trainer.args.bf16
-    dense = entries * (2 + 4 + 4 if narrow else 4 + 4)
-    return {
-        "positions": positions,
-        "vocabulary": head.out_features,
-        "dense_bytes": dense,
-        "levelhead_bytes": 4 * at_once * head.out_features,
-        "how": _HOW,
-    }
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """The summary, for the terminal."""
-    logits = summary["logits"]
-    dense, ours = logits["dense_bytes"], logits["levelhead_bytes"]
-    title = f"{summary['steps']:,} steps, {summary['epochs']:.3g} epochs"
+def _table(run: Run) -> Table:
+    """Return the run for the terminal."""
+    dense, ours = run.logits.dense_bytes, run.logits.levelhead_bytes
+    title = f"{run.steps:,} steps, {run.epochs:.3g} epochs"
     view = Table(title=title, title_justify="left", show_header=False)
     label = "training loss, smoothed (nats)"
-    if summary["settings"].get("teacher"):
+    if run.settings["teacher"]:
         label = "training loss, KL to the teacher (nats)"
-    if summary["settings"].get("calibration_aware") == "rcft":
+    if run.settings["calibration_aware"] == "rcft":
         label = "training loss with regulariser"
-    view.add_row(label, _change(summary["loss"]))
-    view.add_row("evaluation loss (nats)", _change(summary["eval_loss"]))
-    if found := summary["calibration"]:
-        view.add_row("accuracy on evaluation tokens", f"{found['token_accuracy']:.4f}")
-        view.add_row("their calibration error", f"{found['ece']:.4f}")
-        view.add_row("trust score, the difference", f"{found['trust']:.4f}")
-    view.add_row("tokens", f"{summary['tokens']:,}")
-    view.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
-    view.add_row("time (s)", f"{summary['seconds']:.1f}")
+    view.add_row(label, _change(run.loss))
+    view.add_row("evaluation loss (nats)", _change(run.eval_loss))
+    if found := run.calibration:
+        view.add_row("accuracy on evaluation tokens", f"{found.token_accuracy:.4f}")
+        view.add_row("their calibration error", f"{found.ece:.4f}")
+        view.add_row("trust score, the difference", f"{found.trust:.4f}")
+    view.add_row("tokens", f"{run.tokens:,}")
+    view.add_row("tokens per second", f"{run.tokens_per_second:,.0f}")
+    view.add_row("time (s)", f"{run.seconds:.1f}")
     view.add_row("memory of the logits, dense (MiB)", f"{dense / _MIB:,.1f}")
     view.add_row("with levelhead, at most (MiB)", f"{ours / _MIB:,.1f}")
     view.add_row("saved (MiB)", f"{(dense - ours) / _MIB:,.1f}")
     return view
 
 
-def calibration(regimes: dict[str, Regime]) -> str:
-    """Accuracy and confidence of what was asked when, and what follows from it."""
+def _change(losses: Change | None) -> str:
+    return "none" if losses is None else f"{losses.first:.4g} -> {losses.last:.4g}"
+
+
+def _notes(run: Run) -> str:
+    """Return what the table shows exactly, to be printed below it."""
+    bins = "The calibration error is that of the likeliest token, in 10 bins of equal width. "
+    return (
+        "Losses are the first and the last that were logged; the evaluation loss is not smoothed. "
+        f"{bins if run.calibration else ''}Memory is {run.logits.how}."
+    )
+
+
+def _calibration(regimes: dict[str, Regime]) -> str:
+    """Return accuracy and confidence of the answers before and after, and what follows from them."""
     lines = ["", "Calibration (95% interval of the accuracy)"]
     for name, regime in regimes.items():
         lines.append(f"  {name}: {regime.numbers}")
@@ -178,16 +129,3 @@ def calibration(regimes: dict[str, Regime]) -> str:
     else:
         lines += [f"  {name}: {regime.verdict}" for name, regime in regimes.items()]
     return "\n".join(lines) + "\n"
-
-
-def notes(summary: dict[str, Any]) -> str:
-    """What exactly the table shows, to be printed below it."""
-    bins = "The calibration error is that of the likeliest token, in 10 bins of equal width. "
-    return (
-        "Losses are the first and the last that were logged; the evaluation loss is not smoothed. "
-        f"{bins if summary['calibration'] else ''}Memory is {summary['logits']['how']}."
-    )
-
-
-def _change(losses: dict[str, float] | None) -> str:
-    return "none" if losses is None else f"{losses['first']:.4g} -> {losses['last']:.4g}"

@@ -1,11 +1,20 @@
-"""`levelhead teacher`: what a teacher finds likely at each position of its students' data."""
+"""`levelhead teacher`: store a teacher's most likely tokens at each position of its students' data."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_batch_size, add_data, add_model, add_rows, count
+from ..arguments import (
+    add_batch_size,
+    add_data,
+    add_model,
+    add_rows,
+    count,
+    options_of,
+    set_defaults_of,
+)
 from ..errors import missing_extra
+from .options import Options
 
 _PACKAGES = {"datasets", "jinja2", "pyarrow", "rich", "transformers"}
 _DESCRIPTION = """\
@@ -31,7 +40,7 @@ STORE receives manifest.json, and for every 1000 rows an Arrow file with its dig
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `teacher` to the verbs of the command."""
+    """Add `teacher` to the verbs of the command."""
     parser = verbs.add_parser(
         "teacher",
         help="store a teacher's most likely tokens, for a student to learn from",
@@ -39,59 +48,51 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    data, forced, group = map(parser.add_argument_group, ("data", "pass", "recalibration"))
-    add_model(parser, forced)
+    data, reading, group = map(parser.add_argument_group, ("data", "pass", "recalibration"))
+    add_model(parser, reading)
     add_data(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="STORE", help="folder for the store"
     )
-    _add_data(data)
-    _add_pass(forced)
+    data.add_argument(
+        "--max-length",
+        type=count,
+        metavar="TOKENS",
+        help="cut rows to this length; the student needs the same (default: %(default)s)",
+    )
+    add_rows(data)
+    reading.add_argument("--top-k", type=count, metavar="K", help="(default: %(default)s)")
+    add_batch_size(reading)
+    reading.add_argument("--bf16", action="store_true", help="load the teacher in bfloat16")
     group.add_argument(
         "--validation", metavar="DATA", help="held-out data to recalibrate the teacher on"
     )
     group.add_argument(
         "--validation-split",
-        default="test",
         metavar="NAME",
         help="of --validation, if it is a data set given by name (default: %(default)s)",
     )
     group.add_argument(
         "--recalibrate",
         choices=("temperature", "smoothing"),
-        default="temperature",
         help="what to choose on --validation: a temperature of the k probabilities, or how much to "
         "move from the largest to the others (default: %(default)s)",
     )
+    set_defaults_of(parser, Options)
     parser.set_defaults(run=run)
 
 
-def _add_data(group: Any) -> None:
-    group.add_argument(
-        "--max-length",
-        type=count,
-        default=1024,
-        metavar="TOKENS",
-        help="cut rows to this length; the student needs the same (default: %(default)s)",
-    )
-    add_rows(group)
-
-
-def _add_pass(group: Any) -> None:
-    group.add_argument("--top-k", type=count, default=5, metavar="K", help="(default: %(default)s)")
-    add_batch_size(group)
-    group.add_argument("--bf16", action="store_true", help="load the teacher in bfloat16")
-
-
 def run(arguments: argparse.Namespace) -> None:
-    """Makes the store, or goes on with it.
+    """Record, and print what is in the store once it is finished.
 
     Raises:
         CliError: An optional package is missing, an argument or the data cannot be used, or the
             model is refused.
     """
     try:
-        from .making import make_store
+        from .recording import record, show
     except ModuleNotFoundError as error:
         raise missing_extra(error, "sft", _PACKAGES) from error
-    make_store(arguments)
+    options = options_of(Options, arguments)
+    if manifest := record(options):
+        show(manifest, options.output)

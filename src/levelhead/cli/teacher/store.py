@@ -34,7 +34,7 @@ _SCHEMA = pa.schema({"ids": pa.list_(pa.uint32()), "log_probs": pa.list_(pa.floa
 
 @dataclass(frozen=True)
 class Shard:
-    """What is said of a shard beside it, and in the manifest."""
+    """The description of a shard, beside it and in the manifest."""
 
     rows: int
     positions: int
@@ -45,40 +45,65 @@ class Shard:
     correct: int  # positions where the most likely token is the one in the data
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the probabilities in a store depend on, and what a student must have in common."""
+
+    format: int
+    model: str
+    data: str
+    k: int
+    max_length: int
+    dtype: str
+    rows: int
+    vocabulary: str  # digest
+    tokens: str  # digest of all tokens and labels
+
+
+@dataclass(frozen=True)
+class Manifest(Settings):
+    """What a finished store holds."""
+
+    levelhead: str
+    positions: int
+    recalibration: Recalibration | None  # of the log-probabilities, which are stored without it
+    shards: list[Shard]
+
+
 def vocabulary_digest(tokenizer: Any) -> str:
-    """What tells tokenizers apart whose ids mean other tokens."""
+    """Return what tells tokenizers apart whose ids mean other tokens."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def write_atomically(path: Path, content: dict[str, Any], part: str = "") -> None:
-    """Writes JSON that is there whole or not at all; `part` tells processes apart that write the same."""
+def write_atomically(path: Path, content: dict[str, object], part: str = "") -> None:
+    """Write JSON that is there whole or not at all; `part` tells processes apart that write the same."""
     temporary = path.with_name(f"{path.name}{_PART}{part}")
     write_json(temporary, content)
     temporary.replace(path)
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard is; its description has the same name with .json."""
+    """Return where a shard is; its description has the same name with .json."""
     return folder / f"shard-{number:05}.arrow"
 
 
 class Row(NamedTuple):
-    """What a teacher finds likely at the positions of one example that have a loss."""
+    """A teacher's k most likely tokens at the positions of one example that have a loss."""
 
     ids: Tensor  # (P, k) int64
     log_probs: Tensor  # (P, k) float32, nats
 
 
-class Forced(NamedTuple):
-    """A row as the teacher left it, and whether its most likely token is the one in the data."""
+class Prediction(NamedTuple):
+    """A row, and whether the most likely token is the one in the data."""
 
     row: Row
-    right: Tensor  # (P,) bool
+    correct: Tensor  # (P,) bool
 
 
-def write_shard(folder: Path, number: int, batches: Iterable[list[Forced]]) -> None:
-    """Writes a shard and its description, as the rows come."""
+def write_shard(folder: Path, number: int, batches: Iterable[list[Prediction]]) -> None:
+    """Write a shard and its description, as the rows come."""
     path = shard_path(folder, number)
     temporary = path.with_name(path.name + _PART)
     rows = positions = largest = correct = 0
@@ -110,7 +135,7 @@ def _record_batch(rows: list[Row]) -> Any:
 
 
 def finished_shard(folder: Path, number: int) -> Shard | None:
-    """What is said of a shard that is whole; None for one that is not there, or not as it was written."""
+    """Return the description of a shard that is whole; None if it is missing, or not as it was written."""
     path = shard_path(folder, number)
     try:
         shard = Shard(**json.loads(path.with_suffix(".json").read_text()))
@@ -138,8 +163,12 @@ class TeacherStore:
 
     def __init__(self, folder: Path, *, check: bool = True) -> None:
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-            version = self.manifest["format"]
+            content = json.loads((folder / MANIFEST).read_text())
+            if content["format"] != FORMAT:
+                raise CliError(
+                    f"{folder} is a store of format {content['format']}, and this reads {FORMAT} alone"
+                )
+            self.manifest = _manifest(content)
         except FileNotFoundError as error:
             raise CliError(
                 f"{folder} holds no finished store of a teacher; make one, or go on with it, with "
@@ -147,14 +176,9 @@ class TeacherStore:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CliError(f"cannot read {folder / MANIFEST}: {error}") from error
-        if version != FORMAT:
-            raise CliError(
-                f"{folder} is a store of format {version}, and this reads {FORMAT} alone"
-            )
-        self.k: int = self.manifest["k"]
         self._tables = [
-            _open_shard(folder, number, Shard(**shard), check=check)
-            for number, shard in enumerate(self.manifest["shards"])
+            _open_shard(folder, number, shard, check=check)
+            for number, shard in enumerate(self.manifest.shards)
         ]
 
     def __len__(self) -> int:
@@ -164,15 +188,19 @@ class TeacherStore:
         table, row = self._tables[number // ROWS], number % ROWS
         ids, log_probs = (table[name][row].values.to_numpy() for name in _SCHEMA.names)
         return Row(
-            torch.from_numpy(ids.astype("int64")).view(-1, self.k),
-            torch.from_numpy(log_probs.astype("float32")).view(-1, self.k),
+            torch.from_numpy(ids.astype("int64")).view(-1, self.manifest.k),
+            torch.from_numpy(log_probs.astype("float32")).view(-1, self.manifest.k),
         )
 
-    @property
-    def recalibration(self) -> Recalibration | None:
-        """How the teacher is to be recalibrated, if that was chosen."""
-        found = self.manifest["recalibration"]
-        return None if found is None else Recalibration(**found)
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    """Return the manifest in a file."""
+    recalibration = content.pop("recalibration")
+    return Manifest(
+        **{name: value for name, value in content.items() if name != "shards"},
+        recalibration=recalibration and Recalibration(**recalibration),
+        shards=[Shard(**shard) for shard in content["shards"]],
+    )
 
 
 def _open_shard(folder: Path, number: int, shard: Shard, *, check: bool) -> Any:

@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from levelhead.cli.errors import CliError
+from levelhead.cli.examples import Chat, Collator, Pair, Tokens, encode
 from levelhead.cli.models import load_tokenizer
-from levelhead.cli.sft.data import Chat, Pair
-from levelhead.cli.sft.tokens import Collator, Tokens, encode
 from levelhead.ops.checks import IGNORE_INDEX
 
 TALK = Chat(
@@ -63,7 +62,7 @@ def merging(*merges, before=(), after=()):
 def supervised(tokens, tokenizer):
     """The runs of tokens that have a loss, each as text."""
     runs, last = [], None
-    for i, (token, label) in enumerate(zip(*tokens, strict=True)):
+    for i, (token, label) in enumerate(zip(tokens.input_ids, tokens.labels, strict=True)):
         assert label in (token, IGNORE_INDEX)
         if label != IGNORE_INDEX:
             runs = [*runs, [token]] if last != i - 1 else [*runs[:-1], [*runs[-1], token]]
@@ -157,7 +156,7 @@ def test_the_first_token_has_no_loss_whatever_its_label():
 
 def test_batches_are_padded_on_the_right():
     rows = [Tokens([5, 6, 7], [IGNORE_INDEX, 6, 7]), Tokens([8], [8])]
-    batch = Collator(padding=9)([row._asdict() for row in rows])
+    batch = Collator(padding=9)([vars(row) for row in rows])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

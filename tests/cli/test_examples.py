@@ -12,10 +12,8 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from levelhead.cli.errors import CliError
+from levelhead.cli.examples import Chat, Pair, example_encoder, parse_example, prepare
 from levelhead.cli.models import load_tokenizer
-from levelhead.cli.sft.data import HINT, Chat, Pair, example
-from levelhead.cli.sft.preparation import prepare
-from levelhead.cli.sft.tokens import encode
 from levelhead.cli.sources import open_source
 
 PAIR = {"prompt": "1 + 1 =", "completion": " 2"}
@@ -43,18 +41,14 @@ def write(tmp_path):
 
 def read(data):
     source = open_source(data, None, "train")
-    return [example(source.parse(row)) for _, row in source.rows]
+    return [parse_example(source.parse(row)) for _, row in source.rows]
 
 
 def prepared(data, tmp_path, max_length=100):
-    tokenizer = load_tokenizer("tiny", None, trust_remote_code=False)
     path = tmp_path / "tokens" / "data"
-    counts = prepare(
-        open_source(data, None, "train"),
-        lambda row: encode(row, tokenizer),
-        max_length=max_length,
-        path=path,
-    )
+    encoder = example_encoder(load_tokenizer("tiny", None, trust_remote_code=False))
+    source = open_source(data, None, "train")
+    counts = prepare(source, encoder, max_length=max_length, path=path)
     return counts, Dataset.from_file(str(path))
 
 
@@ -103,7 +97,10 @@ def test_a_bad_row_is_named_with_its_reason_and_nothing_is_left_behind(
     assert head.startswith("1 of 4 lines of ")
     assert head.endswith("data.jsonl cannot be used, so nothing was trained:")
     assert named == f"  line 3: {reason}"
-    assert hint == HINT
+    assert hint == (
+        'each row must have "prompt" and "completion", or "messages": a list of '
+        '{"role": "user", "content": "..."} with one of role "assistant" at least'
+    )
     assert not list((tmp_path / "tokens").iterdir())
 
 
