@@ -13,7 +13,8 @@ from torch import Tensor
 
 import levelhead
 from levelhead.measure.gate import error_budget
-from levelhead.ops import LogitStats, merge
+from levelhead.ops import LogitStats
+from levelhead.ops.statistics import merge
 from levelhead.ops.vocab_parallel import rows_of_shards
 
 # What is left in float64 after sums of a few hundred terms of order one.

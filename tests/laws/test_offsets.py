@@ -15,7 +15,8 @@ from tests.problems import IMPLEMENTATIONS, Problem, gradients
 from torch import Tensor
 
 from levelhead import LogitStats, linear_logit_stats
-from levelhead.ops import linear_topk, merge
+from levelhead.ops import linear_topk
+from levelhead.ops.statistics import merge
 
 offsets = st.integers(-(2**15), 2**15)
 

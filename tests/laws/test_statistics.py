@@ -9,8 +9,7 @@ from tests.problems import Problem, assert_equal, problems
 from torch import Tensor
 
 from levelhead import LogitStats, linear_logit_stats
-from levelhead.ops import merge
-from levelhead.ops.statistics import empty_set
+from levelhead.ops.statistics import empty_set, merge
 
 
 def _picks(problem: Problem, k: int) -> Tensor:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.problems import Problem, assert_equal, problems
 from torch import Tensor
 
-from levelhead.ops import TopK, linear_topk, merge_topk
+from levelhead.ops import TopK, linear_topk
 from levelhead.ops.sizes import Sizes
+from levelhead.ops.topk import merge_topk
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The operators: statistics of the logits, and the smoothed cross-entropy made of them."""
 
 from .api import LinearCrossEntropyLoss, linear_cross_entropy, linear_logit_stats
-from .statistics import LogitStats, merge
-from .topk import TopK, linear_topk, merge_topk
+from .statistics import LogitStats
+from .topk import TopK, linear_topk
 
 __all__ = [
     "LinearCrossEntropyLoss",
@@ -11,6 +11,4 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logit_stats",
     "linear_topk",
-    "merge",
-    "merge_topk",
 ]
