@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def run(recipe: Recipe, hidden_size: int, vocabulary_size: int, seed: int) -> Iterator[Row]:
-    """One cell from one seed, a row for each remedy: what was foretold, and what came of hard and smoothed targets."""
+    """One cell from one seed, a row for each remedy: what was predicted, and what came of hard and smoothed targets."""
     for name, options in REMEDIES.items():
         torch.manual_seed(seed)
         head = Network(recipe, hidden_size, vocabulary_size).head

@@ -31,7 +31,7 @@ def reach(results: Results) -> str:
         "Capacity is the margin that the head can reach before training, over that of the smoothed optimum. Of "
         f"{len(found)} cells (D, V, remedy) {len(out)} have less than 1, and in {moved} of them smoothing moves "
         f"the mean confidence by two points; of the {len(within)} others it does in {len(acts)}, so that "
-        f"foretelling by 1 is right {right} times of {len(found)}. It lowers ECE by a point or more in "
+        f"predicting by that bound is right {right} times of {len(found)}. It lowers ECE by a point or more in "
         f"{len(helps)}, all of a capacity of {min(cell['capacity'] for cell in helps):.1f} or more: with less, "
         "the smoothed models are under-confident. Means over "
         f"{len({row['seed'] for row in results['rows']})} seeds, commit {results['machine']['commit']} "

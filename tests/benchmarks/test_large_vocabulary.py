@@ -7,7 +7,7 @@ import pytest
 from benchmarks.large_vocabulary import REMEDIES, RESULTS, Recipe, acts, cells, helps, run
 
 
-def test_a_cell_has_a_row_for_every_remedy_with_what_was_foretold_and_what_came() -> None:
+def test_a_cell_has_a_row_for_every_remedy_with_what_was_predicted_and_what_came() -> None:
     recipe = replace(Recipe(), classes=16, training=64, held_out=64, steps=2, batch=32)
     rows = list(run(recipe, 8, 32, seed=0))
     assert [row["remedy"] for row in rows] == list(REMEDIES)

@@ -1,7 +1,8 @@
 """FLOP formulas of the operators for torch.utils.flop_counter; one multiply-add is two operations.
 
-torch.utils.flop_counter imports triton, which `import levelhead` must not. So the formulas are registered at once
-where that module is loaded already, and otherwise when somebody loads it.
+torch.utils.flop_counter imports triton, which `import levelhead` must not. So the formulas are registered at once if
+that module is loaded, and otherwise when it is first imported. Nothing simpler serves: a FlopCounterMode copies the
+formulas when it is made, so registering them at the first call of an operator would be too late.
 """
 
 import importlib.util
@@ -52,7 +53,7 @@ def _register() -> None:
 
 
 class _RegisterOnImport:
-    """A finder that steps aside at once, and adds the registration to what it finds."""
+    """Find torch.utils.flop_counter once, and register the formulas after it is loaded."""
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         if name != _COUNTER:

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 import levelhead
+from levelhead.measure.memory import return_freed
 
-from ..memory import return_freed
 from ..output import make_folder
 from .answers import Answers, in_one_block
 from .comparison import compared, comparison
