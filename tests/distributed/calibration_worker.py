@@ -1,4 +1,4 @@
-"""CalibrationCallback under Trainer's DDP, and what it is made of under FSDP2 and ZeRO-3."""
+"""CalibrationCallback under Trainer's DDP, and what it and RCFT's E-step are made of under FSDP2 and ZeRO-3."""
 
 import tempfile
 
@@ -10,6 +10,7 @@ from tests.integrations.test_calibration_callback import NAMES, data, evaluated,
 
 from levelhead.heads.token_calibration import TokenCalibration, summary
 from levelhead.integrations import patch_model
+from levelhead.objectives.rcft import choice_logits
 
 
 def ddp():
@@ -27,18 +28,32 @@ def ddp_with_labels_on_one_rank():
         return metrics(trainer.evaluate())
 
 
-def own_rows():
-    rows = data()[dist.get_rank() :: 2]
+def rows_of(rank, ranks):
+    rows = data()[rank::ranks]
     return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def questions_of(rank, ranks):
+    """Each row is a question, asked at one of its tokens, with three ids to choose from."""
+    ids = rows_of(rank, ranks)["input_ids"]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "choices": torch.tensor([[3, 5, 7]]).repeat(len(ids), 1),
+        "answer_position": torch.arange(len(ids)) % ids.shape[1],
+        "question": torch.arange(len(data()))[rank::ranks],
+    }
 
 
 def merged(watch, model):
     model.eval()
+    rank = dist.get_rank()
     with torch.no_grad():
-        model(**own_rows())
+        model(**rows_of(rank, 2))
     sums = watch.sums
     dist.all_reduce(sums)
-    return {name: summary(sums)[name] for name in NAMES}
+    choices = choice_logits(model, [questions_of(rank, 2)], questions=len(data()))
+    return {"metrics": {name: summary(sums)[name] for name in NAMES}, "choices": choices}
 
 
 def fsdp2():

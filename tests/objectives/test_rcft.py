@@ -73,6 +73,18 @@ def test_the_e_step_sees_what_the_dense_model_says():
     assert model.training
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_e_step_of_a_compiled_model_is_the_same(in_place):
+    model = patch_model(tiny_model())
+    want = choice_logits(model, [batch() | questions()], questions=4)
+    if in_place:
+        model.compile(backend="eager")
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    compiled(**batch())  # compiled now, before the E-step adds its hooks
+    for _ in range(2):
+        assert torch.equal(choice_logits(compiled, [batch() | questions()], questions=4), want)
+
+
 def test_loss_and_gradients_are_those_of_the_dense_formula():
     model, rows = tiny_model(), batch()
     plain, p = dense(model, rows)

@@ -8,8 +8,9 @@ would take 512 KiB of float32 for a vocabulary of 128k.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +187,8 @@ def logit_stats_at(
 ) -> LogitStats:
     """Statistics of a model's logits at one position of each row of a batch, without the logits.
 
-    From a whole forward, whose head gives the logits of one token: wrappers (DDP, FSDP, DeepSpeed) want it to end.
+    From a whole forward, whose head gives the logits of one token: wrappers (DDP, FSDP, DeepSpeed) want it to end. It
+    runs eagerly, since compiled code calls no hook that was registered after it was compiled.
 
     Args:
         model: the model, or a wrapper around it.
@@ -213,10 +215,10 @@ def logit_stats_at(
         caught.append(head.logit_stats(at, target, module=module))
         return (hidden[:1, -1:],)
 
-    # Last of all, so that they come behind the hooks that gather the weight.
+    # Registered now, so that they run after the hooks of ZeRO that gather the weight.
     handles: list[Any] = [module.register_forward_pre_hook(take) for module in head.modules]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _eager():
             model(**inputs)
     finally:
         for handle in handles:
@@ -224,9 +226,17 @@ def logit_stats_at(
     if len(caught) != 1:
         raise RuntimeError(
             f"{type(head.model).__name__} called its head {len(caught)} times in one forward, where "
-            "scoring understands one; a model compiled by torch.compile must be scored before it is"
+            "scoring understands one"
         )
     return caught[0]
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Run compiled code as it was written; without loading the compiler, where nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def head_input(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -235,7 +245,7 @@ def head_input(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     device = next(inner.parameters()).device
     given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
     withhold_labels(inner, given)
-    with _stopping_at(output_heads(inner)), _evaluating(model), torch.no_grad():
+    with _stopping_at(output_heads(inner)), _evaluating(model), torch.no_grad(), _eager():
         try:
             model(**given)
         except _Reached as reached:
