@@ -44,6 +44,13 @@ def test_a_patched_model_gives_the_same():
     assert patched(**batch()).loss is not None  # no call was left under way
 
 
+def test_a_compiled_model_gives_the_same():
+    want = collect(tiny(), [batch()])
+    model = torch.compile(tiny(), backend="eager")
+    model.eval()(**batch())  # compiled now, before the hooks that collect
+    assert torch.equal(collect(model, [batch()]).hidden, want.hidden)
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny("llama")
     model.model.layers[0].eval()

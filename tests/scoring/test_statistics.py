@@ -97,6 +97,14 @@ def test_a_patched_model_scores_as_it_did_before():
     assert list(score_prompts(patch_model(sure("llama"), **options), prompts())) == want
 
 
+def test_a_compiled_model_scores_as_it_did_before():
+    want = list(score_prompts(sure("llama"), prompts()))
+    model = torch.compile(sure("llama"), backend="eager")
+    with torch.no_grad():
+        model(torch.tensor([[3, 4]]))  # compiled now, before the hooks that score
+    assert list(score_prompts(model, prompts())) == want
+
+
 def test_the_head_makes_the_logits_of_one_token_at_most():
     model, sizes = sure("llama"), []
     model.lm_head.register_forward_hook(lambda _m, _i, output: sizes.append(output.numel()))

@@ -29,7 +29,8 @@ class Ranking(NamedTuple):
     """What one pass over the ordered scores finds.
 
     Attributes:
-        right, wrong: How many answers were so.
+        right: How many answers were right.
+        wrong: How many answers were wrong.
         wins: Mann-Whitney's U: pairs (right, wrong) in which the right answer scored higher, ties counted half.
         ties: Sum over distinct scores of t^3 - t, t being how many answers have it.
         aurc: Area under the risk-coverage curve.
